@@ -1,0 +1,1 @@
+"""The Gorgon engine: lossless tree-speculative generation on a frozen backbone."""

@@ -1,0 +1,97 @@
+"""The interface of a backbone: one forward pass over rows that extend sequences in the KV cache.
+
+Letters in shape comments: B sequences in the batch, N rows (tree nodes or prompt tokens) a sequence, W 64-bit words a
+node, C hidden size, V vocabulary.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from gorgon_engine.kv_cache import KVCache
+from gorgon_engine.models.config import BackboneConfig
+
+
+class LogitsFor(StrEnum):
+    """Which rows of a forward pass need logits: the lm_head is a fifth of a small model's work."""
+
+    ALL = "all"
+    LAST = "last"
+    NONE = "none"
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardInputs:
+    """Rows to run. Row n of sequence b is written to KV position `lengths[b] + n` of its slot.
+
+    With `ancestors` the rows are a tree behind the committed prefix: row n attends to the prefix and to the rows whose
+    bits are set in its words (itself included), and its position is `lengths[b] + depths[b, n]`. Without, the rows are
+    a causal chain: row n attends to the prefix and to rows 0..n, and `depths` counts 0..N-1.
+    """
+
+    tokens: Tensor  # [B, N] int64
+    depths: Tensor  # [B, N] int64
+    slots: Tensor  # [B] int64, each at most once
+    lengths: Tensor  # [B] int64, committed positions
+    num_rows: Tensor  # [B] int64: rows past it are padding, their results undefined
+    prompt_lengths: Tensor  # [B] int64: RoPE types that depend on the sequence length count the whole prompt
+    max_positions: int  # host-side upper bound of lengths + N: how much of the cache has to be looked at
+    ancestors: Tensor | None = None  # [B, N, W] int64
+
+    @property
+    def positions(self) -> Tensor:
+        return self.lengths[:, None] + self.depths  # [B, N]
+
+    @classmethod
+    def chain(cls, tokens: Tensor, *, slot: int, length: int, prompt_length: int) -> "ForwardInputs":
+        """A prefill chunk of one sequence: tokens [N] behind `length` committed positions."""
+        device = tokens.device
+        return cls(
+            tokens=tokens[None],
+            depths=torch.arange(tokens.shape[0], device=device)[None],
+            slots=torch.tensor([slot], device=device),
+            lengths=torch.tensor([length], device=device),
+            num_rows=torch.tensor([tokens.shape[0]], device=device),
+            prompt_lengths=torch.tensor([prompt_length], device=device),
+            max_positions=length + tokens.shape[0],
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardOutput:
+    hidden: Tensor  # [B, N, C] after the final norm: what the draft heads read
+    logits: Tensor  # [B, N or 1 or 0, V]: the rows that `logits_for` asked for
+
+
+class Backbone(Protocol):
+    """A loaded model on one device. Does not move the cache's lengths: only writes rows behind them."""
+
+    @property
+    def config(self) -> BackboneConfig: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def cache_dtype(self) -> torch.dtype: ...
+
+    @property
+    def kernels(self) -> str:
+        """The path in use, for people and metrics: `native-int8`, `torch-bfloat16`, ..."""
+        ...
+
+    @property
+    def row_invariant(self) -> bool:
+        """Whether a row's bits are the same whatever the other rows: then speculation is exact by construction."""
+        ...
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """The lm_head: hidden [..., C] (after the final norm) -> logits [..., V]. Draft heads may share it."""
+        ...
+
+    def forward(
+        self, inputs: ForwardInputs, cache: KVCache, *, logits_for: LogitsFor = LogitsFor.ALL
+    ) -> ForwardOutput: ...

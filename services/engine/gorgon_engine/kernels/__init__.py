@@ -1,0 +1,1 @@
+"""Kernels: the only code that knows a device's instructions."""

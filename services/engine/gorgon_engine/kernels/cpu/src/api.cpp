@@ -1,0 +1,90 @@
+// The C ABI. Shapes are checked by the Python launchers; a failed allocation comes back as a non-zero code.
+#include <new>
+
+#include "forward.h"
+#include "linear.h"
+#include "pool.h"
+#include "simd.h"
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+using namespace gorgon;
+
+#define GORGON_API extern "C" __attribute__((visibility("default")))
+
+GORGON_API const char* gorgon_instruction_set() {
+#if defined(GORGON_AVX512)
+  return "avx512"
+#if defined(__AVX512VNNI__)
+         "+vnni"
+#endif
+#if defined(__AVX512BF16__)
+         "+bf16"
+#endif
+      ;
+#elif defined(GORGON_AVX2)
+#if defined(__AVXVNNI__)
+  return "avx2+vnni";
+#else
+  return "avx2";
+#endif
+#else
+  return "generic";
+#endif
+}
+
+GORGON_API void gorgon_set_num_threads(int count) { Pool::instance().set_num_threads(count); }
+
+GORGON_API int gorgon_get_num_threads() { return Pool::instance().num_threads(); }
+
+// Huge pages for weights that are streamed once a token: a sixth more bandwidth where the kernel grants them.
+GORGON_API void gorgon_advise_huge_pages(void* data, int64_t bytes) {
+#if defined(__linux__)
+  madvise(data, static_cast<size_t>(bytes), MADV_HUGEPAGE);
+#else
+  (void)data;
+  (void)bytes;
+#endif
+}
+
+GORGON_API int gorgon_linear(const PackedMatrix* matrix, const float* x, int64_t rows, float* out) {
+  try {
+    static thread_local Buffer words, scales, sums;
+    Pool& pool = Pool::instance();
+    const int64_t stride = activation_words(matrix->in_features);
+    const Activations act{words.get<uint32_t>(rows * stride), stride, scales.get<float>(rows),
+                          sums.get<int32_t>(rows)};
+    pool.run([&] {
+      pool.for_each(rows, [&](int64_t row) {
+        prepare_row(matrix->kind, x + row * matrix->in_features, matrix->in_features, act, row);
+      });
+      linear(pool, *matrix, act, rows, out, matrix->out_features, false);
+    });
+    return 0;
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
+}
+
+GORGON_API Model* gorgon_model_create(const ModelConfig* config) {
+  try {
+    return new Model(*config);
+  } catch (const std::bad_alloc&) {
+    return nullptr;
+  }
+}
+
+GORGON_API void gorgon_model_destroy(Model* model) { delete model; }
+
+// Null, or what is wrong with the call.
+GORGON_API const char* gorgon_model_forward(Model* model, const ForwardArgs* args) {
+  try {
+    if (const char* problem = model->check(*args)) return problem;
+    model->forward(*args);
+    return nullptr;
+  } catch (const std::bad_alloc&) {
+    return "out of memory";
+  }
+}

@@ -1,0 +1,97 @@
+// The whole backbone forward over R rows, and the C structures that describe a model and a call (mirrored in ctypes).
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "attention.h"
+#include "linear.h"
+
+namespace gorgon {
+
+struct LayerWeights {
+  const float* input_norm;
+  const float* post_norm;
+  const float* q_norm;  // null: none
+  const float* k_norm;
+  const PackedMatrix* qkv;
+  const PackedMatrix* o;
+  const PackedMatrix* gate_up;
+  const PackedMatrix* down;
+  int64_t sliding_window;  // 0: none
+};
+
+struct ModelConfig {
+  int64_t num_layers;
+  int64_t hidden_size;
+  int64_t intermediate_size;
+  int64_t num_heads;
+  int64_t num_kv_heads;
+  int64_t head_dim;
+  float rms_norm_eps;
+  const LayerWeights* layers;
+  const float* final_norm;
+  const PackedMatrix* lm_head;
+};
+
+struct ForwardArgs {
+  int64_t num_rows;
+  const float* embeddings;         // [rows, hidden_size]
+  const float* cos;                // [rows, head_dim / 2]
+  const float* sin;                // [rows, head_dim / 2]
+  const int32_t* slots;            // [rows]
+  const int32_t* write_positions;  // [rows]
+  const int32_t* prefix_lengths;   // [rows]
+  const int32_t* tree_base;        // [rows]
+  const uint64_t* ancestors;       // [rows, num_words]
+  int64_t num_words;
+  void* keys;    // [layer, slot, kv_head, position, head_dim]
+  void* values;  // as keys
+  int32_t cache_is_bf16;
+  int64_t num_slots;
+  int64_t num_positions;
+  const int32_t* logits_rows;  // null: all
+  int64_t num_logits;
+  float* out_hidden;  // [rows, hidden_size]
+  float* out_logits;  // [num_logits, vocab_size]
+};
+
+// Memory that grows and stays, cache-line aligned.
+class Buffer {
+ public:
+  ~Buffer();
+  void* reserve(int64_t bytes);
+  template <typename T>
+  T* get(int64_t count) {
+    return static_cast<T*>(reserve(count * static_cast<int64_t>(sizeof(T))));
+  }
+
+ private:
+  void* data_ = nullptr;
+  int64_t capacity_ = 0;
+};
+
+// Owns the workspace: one forward at a time.
+class Model {
+ public:
+  explicit Model(const ModelConfig& config);
+
+  // Null, or why the indices would reach outside the cache or the rows.
+  const char* check(const ForwardArgs& args) const;
+  void forward(const ForwardArgs& args);
+
+ private:
+  struct Workspace;
+  void prepare(const ForwardArgs& args, Pool& pool, Workspace& w);
+  void attention_block(const ForwardArgs& args, Pool& pool, const Workspace& w, int64_t index) const;
+  void mlp(const ForwardArgs& args, Pool& pool, const Workspace& w, const LayerWeights& layer) const;
+  void write_row(const ForwardArgs& args, const Workspace& w, int64_t index, int64_t row) const;
+
+  ModelConfig config_;
+  std::vector<LayerWeights> layers_;
+  AttentionShape shape_;
+  AttentionPlan plan_;
+  Buffer hidden_, normed_, wide_, attended_, queries_, partials_, words_, scales_, sums_, tree_, tree_counts_;
+};
+
+}  // namespace gorgon

@@ -1,0 +1,92 @@
+"""The KV cache: a flat strip of positions per slot, the only place that knows where a (slot, position) lives.
+
+Committed positions come first; the rows of the step in flight are scratch right behind them. Accepting a branch slices
+the cache: the branch's rows move down to the positions that their depths name, everything behind is overwritten by the
+next step. Only this class moves the lengths.
+"""
+
+import torch
+from torch import Tensor
+
+from gorgon_protocol.errors import CapacityError
+
+
+class KVCache:
+    """Keys and values of `num_slots` sequences of up to `capacity` committed positions each.
+
+    Letters: L layers, S slots, G KV heads, P positions (capacity + scratch), D head dimension.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_layers: int,
+        num_slots: int,
+        num_kv_heads: int,
+        head_dim: int,
+        capacity: int,
+        max_scratch: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.capacity = capacity
+        self.max_scratch = max_scratch
+        shape = (num_layers, num_slots, num_kv_heads, capacity + max_scratch, head_dim)
+        # Zeros, not empty: masked attention multiplies stale rows by zero, and 0 * NaN is NaN.
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)  # [L, S, G, P, D]
+        self.values = torch.zeros(shape, dtype=dtype, device=device)  # [L, S, G, P, D]
+        self.lengths = torch.zeros(num_slots, dtype=torch.int64, device=device)  # [S]
+        self._free = list(range(num_slots - 1, -1, -1))
+
+    @property
+    def num_slots(self) -> int:
+        return self.keys.shape[1]
+
+    @property
+    def num_free_slots(self) -> int:
+        return len(self._free)
+
+    @property
+    def num_bytes(self) -> int:
+        return 2 * self.keys.numel() * self.keys.element_size()
+
+    def acquire(self) -> int:
+        """Take a free slot, its length zero. Raises `CapacityError` when every slot is taken."""
+        if not self._free:
+            raise CapacityError(f"all {self.num_slots} KV cache slots are in use: wait, or start with more slots")
+        slot = self._free.pop()
+        self.lengths[slot] = 0
+        return slot
+
+    def release(self, slot: int) -> None:
+        assert slot not in self._free, f"slot {slot} released twice"
+        self._free.append(slot)
+
+    def write(self, layer: int, slots: Tensor, lengths: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Put rows behind the committed length of their slots. keys, values: [B, N, G, D]; slots, lengths: [B]."""
+        position = lengths[:, None] + torch.arange(keys.shape[1], device=lengths.device)  # [B, N]
+        index = slots[:, None]
+        # [B, 1] and [B, N] over dims 0 and 2 put [B, N] first, which is how the rows come.
+        self.keys[layer][index, :, position] = keys.to(self.keys.dtype)
+        self.values[layer][index, :, position] = values.to(self.values.dtype)
+
+    def append(self, slot: int, num_rows: int) -> None:
+        """Commit the first `num_rows` scratch rows in place: what prefill does."""
+        self.lengths[slot] += num_rows
+
+    def commit(self, slots: Tensor, path: Tensor, num_committed: Tensor) -> None:
+        """Keep one branch of each sequence's tree and drop the rest.
+
+        slots: [B]; path: [B, E] node indices along the branch, root first, `path[b, d] >= d`; entries past
+        `num_committed[b]` may be anything in range. num_committed: [B] nodes to keep, root included.
+        Static-shaped: all E rows are moved, those past `num_committed` land in scratch and are overwritten.
+        """
+        lengths = self.lengths[slots]  # [B]
+        source = lengths[:, None] + path  # [B, E]
+        target = lengths[:, None] + torch.arange(path.shape[1], device=path.device)  # [B, E]
+        index = slots[:, None]
+        # Indexing with [B, 1] and [B, E] over dims 1 and 3 puts [B, E] first: gather to a new tensor, then scatter, so
+        # that an overlapping source and target cannot corrupt each other.
+        self.keys[:, index, :, target] = self.keys[:, index, :, source]
+        self.values[:, index, :, target] = self.values[:, index, :, source]
+        self.lengths[slots] = lengths + num_committed

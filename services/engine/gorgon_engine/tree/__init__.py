@@ -1,0 +1,1 @@
+"""Token trees: candidates, builders, flattening, and the cost model that sizes them."""

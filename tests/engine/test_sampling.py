@@ -1,0 +1,188 @@
+"""Processing and drawing: against transformers' processors and against the distribution itself."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from gorgon_engine.random import Stream, gumbel_noise, philox, uniform
+from gorgon_engine.sampling import SamplingBatch, SamplingParams, TokenCounts, process_logits, sample
+from gorgon_protocol.errors import BadRequestError
+
+VOCAB = 211
+
+
+def batch_of(*params: SamplingParams, vocab: int = VOCAB) -> SamplingBatch:
+    return SamplingBatch.of(list(params), vocab_size=vocab, device=torch.device("cpu"))
+
+
+def test_philox_matches_the_published_vectors() -> None:
+    """Known-answer vectors of Random123 (philox4x32, 10 rounds)."""
+    def words(*values: int) -> tuple[torch.Tensor, ...]:
+        return tuple(torch.tensor(v) for v in values)
+
+    ones = 0xFFFFFFFF
+    pi = (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344, 0xA4093822, 0x299F31D0)
+    for counter, key, expected in (
+        ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        ((ones,) * 4, (ones,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (pi[:4], pi[4:], (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)),
+    ):
+        got = philox(words(*counter), words(*key))  # type: ignore[arg-type]
+        assert tuple(int(w) for w in got) == expected
+
+
+def test_random_numbers_depend_on_seed_position_and_stream_only() -> None:
+    seeds, positions = torch.tensor([1, 1, 2**62 + 1]), torch.tensor([5, 6, 5])
+    together = uniform(seeds, positions, 1001, Stream.TARGET)
+    assert ((together > 0) & (together < 1)).all()
+    for row in range(3):
+        alone = uniform(seeds[row], positions[row], 1001, Stream.TARGET)
+        assert torch.equal(alone, together[row])
+    assert len({tuple(row.tolist()) for row in together}) == 3
+    assert not torch.equal(uniform(seeds, positions, 1001, Stream.ACCEPT), together)
+    assert stats.kstest(together.flatten().numpy(), "uniform").pvalue > 1e-4
+    noise = gumbel_noise(seeds, positions, 20000)
+    assert stats.kstest(noise.flatten().numpy(), "gumbel_r").pvalue > 1e-4
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    temperature=st.floats(0.1, 3.0),
+    top_k=st.integers(0, 50),
+    top_p=st.floats(0.05, 1.0),
+    min_p=st.floats(0.0, 0.3),
+    repetition=st.floats(0.5, 2.0),
+)
+def test_processing_equals_transformers(
+    seed: int, temperature: float, top_k: int, top_p: float, min_p: float, repetition: float
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(1, VOCAB, generator=generator) * 3
+    prompt = torch.randint(VOCAB, (1, 12), generator=generator)
+    params = SamplingParams(
+        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition
+    )
+    counts = TokenCounts(torch.zeros(1, VOCAB, dtype=torch.bool), torch.zeros(1, VOCAB, dtype=torch.int32))
+    counts.in_prompt[0, prompt[0]] = True
+    warpers = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(repetition), TemperatureLogitsWarper(temperature)])
+    if top_k:
+        warpers.append(TopKLogitsWarper(top_k))
+    if top_p < 1.0:
+        warpers.append(TopPLogitsWarper(top_p))
+    if min_p > 0.0:
+        warpers.append(MinPLogitsWarper(min_p))
+    expected = torch.softmax(warpers(prompt, logits.clone()), dim=1)
+    got = torch.softmax(process_logits(logits, batch_of(params), counts), dim=1)
+    # A cut that falls between two rounding errors may take or leave one borderline token: everything else is equal.
+    differing = ((got > 0) != (expected > 0)).sum()
+    assert differing <= 1
+    if differing == 0:
+        assert torch.allclose(got, expected, atol=1e-5)
+
+
+def test_openai_penalties_count_the_output_only() -> None:
+    logits = torch.zeros(1, 5)
+    counts = TokenCounts(torch.zeros(1, 5, dtype=torch.bool), torch.tensor([[0, 1, 3, 0, 0]], dtype=torch.int32))
+    counts.in_prompt[0, 4] = True
+    params = SamplingParams(presence_penalty=0.5, frequency_penalty=0.25)
+    got = process_logits(logits, batch_of(params, vocab=5), counts)
+    assert got.tolist() == [[0.0, -0.75, -1.25, 0.0, 0.0]]
+
+
+def test_bias_moves_greedy_and_bans() -> None:
+    logits = torch.tensor([[0.0, 1.0, 2.0]])
+    batch = batch_of(SamplingParams(logit_bias={0: 5.0}), vocab=3)
+    assert sample(process_logits(logits, batch, None), batch, torch.tensor([0])).item() == 0
+    with pytest.raises(BadRequestError, match="logit_bias names token 7: the vocabulary has 3 tokens"):
+        batch_of(SamplingParams(logit_bias={7: 1.0}), vocab=3)
+
+
+def test_ties_go_to_the_lowest_id() -> None:
+    logits = torch.zeros(1, 1000)
+    logits[0, [700, 300]] = 1.0
+    batch = batch_of(SamplingParams(), vocab=1000)
+    assert sample(process_logits(logits, batch, None), batch, torch.tensor([3])).item() == 300
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(temperature=1.0),
+        SamplingParams(temperature=0.7, top_p=0.9),
+        SamplingParams(temperature=1.3, top_k=20, min_p=0.02, presence_penalty=0.7),
+    ],
+)
+@pytest.mark.parametrize("vocab", [12, 49152])
+def test_draws_follow_the_processed_distribution(params: SamplingParams, vocab: int) -> None:
+    draws = 4000
+    logits = torch.randn(1, vocab, generator=torch.Generator().manual_seed(7)) * 2.5
+    counts = TokenCounts(torch.zeros(1, vocab, dtype=torch.bool), torch.zeros(1, vocab, dtype=torch.int32))
+    counts.in_output[0, :: max(1, vocab // 10)] = 2
+    batch = batch_of(params, vocab=vocab)
+    target = process_logits(logits, batch, counts)
+    tokens = torch.cat(
+        [
+            sample(
+                target.expand(100, -1), batch_of(*[params] * 100, vocab=vocab), torch.arange(start, start + 100)
+            )
+            for start in range(0, draws, 100)
+        ]
+    )
+    assert chi_square_pvalue(tokens, torch.softmax(target[0].double(), dim=0)) > 1e-4
+    assert (torch.softmax(target, dim=1)[0, tokens] > 0).all()
+
+
+def chi_square_pvalue(tokens: torch.Tensor, probs: torch.Tensor) -> float:
+    """Goodness of fit of drawn tokens [n] to probs [V]; cells with less than 5 expected draws are pooled."""
+    observed = torch.bincount(tokens, minlength=probs.shape[0]).double()
+    expected = probs * tokens.shape[0]
+    order = torch.argsort(expected, descending=True)
+    observed, expected = observed[order], expected[order]
+    large = int((expected >= 5).sum())
+    cells_o, cells_e = observed[:large].tolist(), expected[:large].tolist()
+    rest_o, rest_e = float(observed[large:].sum()), float(expected[large:].sum())
+    if rest_e >= 5:
+        cells_o, cells_e = [*cells_o, rest_o], [*cells_e, rest_e]
+    scale = sum(cells_o) / sum(cells_e)
+    return float(stats.chisquare(cells_o, [e * scale for e in cells_e]).pvalue)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("temperature", -0.1),
+        ("temperature", math.nan),
+        ("temperature", math.inf),
+        ("top_p", 0.0),
+        ("top_p", 1.5),
+        ("top_k", -1),
+        ("min_p", 1.1),
+        ("repetition_penalty", 0.0),
+        ("presence_penalty", 3.0),
+        ("frequency_penalty", -3.0),
+        ("max_tokens", 0),
+        ("seed", -1),
+        ("logprobs", 21),
+    ],
+)
+def test_values_out_of_range_are_named(field: str, value: float) -> None:
+    with pytest.raises(BadRequestError, match=f"{field} must be .* got"):
+        SamplingParams(**{field: value})  # type: ignore[arg-type]
+
+
+def test_empty_stop_strings_are_refused() -> None:
+    with pytest.raises(BadRequestError, match="stop"):
+        SamplingParams(stop=("a", ""))
