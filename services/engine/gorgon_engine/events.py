@@ -10,17 +10,22 @@ from gorgon_protocol.metrics import SpeculativeDecodingMetrics, Usage
 
 @dataclass(frozen=True, slots=True)
 class TokenEvent:
-    """One step's tokens. `text` may lag behind the ids (incomplete UTF-8, a possible stop string)."""
+    """One step's tokens and the text that each of them released: none where a character or a possible stop string is
+    not complete yet, more than its own where it completes one."""
 
     request_id: str
     token_ids: list[int]
-    text: str
+    pieces: list[str]  # as long as token_ids
     num_accepted: int  # how many of the ids were drafts: the first ones
     step: int  # 0 = the token that prefill gave
     num_nodes: int  # rows verified, root included
     logprobs: list[TokenLogprobs] | None
     trace: TreeTrace | None
     seconds: StepSeconds
+
+    @property
+    def text(self) -> str:
+        return "".join(self.pieces)
 
 
 @dataclass(frozen=True, slots=True)

@@ -158,10 +158,13 @@ class Scheduler:
         offered = result.tokens[row]
         first = not sequence.output
         kept, reason, stop = self._until_stop(sequence, offered)
-        text = sequence.detokenizer.push(kept)
-        if sequence.detokenizer.stopped is not None:
-            kept = kept[: sequence.detokenizer.num_consumed]
-            reason, stop = FinishReason.STOP, sequence.detokenizer.stopped
+        pieces = []
+        for token in kept:
+            pieces.append(sequence.detokenizer.push([token]))
+            if sequence.detokenizer.stopped is not None:
+                reason, stop = FinishReason.STOP, sequence.detokenizer.stopped
+                break
+        kept = kept[: len(pieces)]
         sequence.output += kept
         sequence.last_token_at = time.perf_counter()
         if first:
@@ -172,7 +175,7 @@ class Scheduler:
             TokenEvent(
                 request_id=sequence.request.id,
                 token_ids=kept,
-                text=text,
+                pieces=pieces,
                 num_accepted=0 if first else min(len(kept), len(offered) - 1),
                 step=sequence.metrics.num_steps,
                 num_nodes=result.num_drafted[row] + 1,

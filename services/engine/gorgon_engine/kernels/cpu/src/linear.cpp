@@ -1,7 +1,6 @@
 #include "linear.h"
 
 #include <algorithm>
-#include <utility>
 
 #include "linear_ops.h"
 
@@ -10,8 +9,6 @@ namespace {
 
 // Rows whose activations stay in L2 while the panels pass by.
 constexpr int64_t kRowChunk = 192;
-// Bytes ahead of the stream: hardware prefetchers stop at each page, and one row's product is all streaming.
-constexpr int64_t kPrefetchBytes = 2048;
 
 struct Tile {
   const uint32_t* act;
@@ -19,6 +16,8 @@ struct Tile {
   const float* row_scales;
   const int32_t* row_sums;
   const uint32_t* weights;
+  const char* prefetch;  // this tile's part of the panel that comes next, and the bytes of it to fetch a step
+  int64_t prefetch_bytes;
   int64_t steps;
   const float* channel_scales;
   const float* bias;
@@ -28,40 +27,43 @@ struct Tile {
   bool accumulate;
 };
 
+// acc by value: a reference would make its address escape and push every accumulator of the loop to the stack.
+template <typename Op>
+void finish(const Tile& t, typename Op::Acc acc, int row, int64_t channel) {
+  const int64_t width = std::min<int64_t>(t.channels - channel, kLanes);
+  if (width <= 0) return;
+  F16 y = Op::finish(acc, t.row_sums[row], t.row_scales[row], t.channel_scales + channel);
+  if (t.bias) y = y + load(t.bias + channel);
+  float* out = t.out + row * t.out_stride + channel;
+  if (t.accumulate) y = load_n(out, static_cast<int>(width)) + y;
+  store_n(out, y, static_cast<int>(width));
+}
+
 template <typename Op, int Rows, int Vectors>
 void multiply(const Tile& t, int first_vector) {
   typename Op::Acc acc[Rows][Vectors];
-  for (int r = 0; r < Rows; ++r)
-    for (int v = 0; v < Vectors; ++v) acc[r][v] = Op::zero();
+  unrolled<Rows>([&](auto r) { unrolled<Vectors>([&](auto v) { acc[r][v] = Op::zero(); }); });
 
   // One base pointer for four rows: the x86 addressing modes reach the other three, so twelve rows fit the registers.
   const uint32_t* base[(Rows + 3) / 4];
-  for (int i = 0; i < (Rows + 3) / 4; ++i) base[i] = t.act + 4 * i * t.act_stride;
+  unrolled<(Rows + 3) / 4>([&](auto i) { base[i] = t.act + 4 * i * t.act_stride; });
+  const int64_t stride = t.act_stride;
   const uint32_t* w = t.weights + first_vector * kLanes;
-  for (int64_t s = 0; s < t.steps; ++s, w += 2 * kLanes) {
-    __builtin_prefetch(reinterpret_cast<const char*>(w) + kPrefetchBytes);
-    if (Vectors == 2) __builtin_prefetch(reinterpret_cast<const char*>(w) + kPrefetchBytes + 64);
+  const char* prefetch = t.prefetch;
+  const int64_t advance = t.prefetch_bytes, second = advance / 2;
+  for (int64_t s = 0; s < t.steps; ++s, w += 2 * kLanes, prefetch += advance) {
+    __builtin_prefetch(prefetch, 0, 2);
+    __builtin_prefetch(prefetch + second, 0, 2);
     typename Op::Weight weight[Vectors];
-    for (int v = 0; v < Vectors; ++v) weight[v] = Op::weight(w + v * kLanes);
-#pragma GCC unroll 12
-    for (int r = 0; r < Rows; ++r) {
-      const typename Op::Act a = Op::act(base[r / 4] + (r % 4) * t.act_stride + s);
-      for (int v = 0; v < Vectors; ++v) Op::step(acc[r][v], weight[v], a);
-    }
+    unrolled<Vectors>([&](auto v) { weight[v] = Op::weight(w + v * kLanes); });
+    unrolled<Rows>([&](auto r) {
+      const typename Op::Act a = Op::act(base[r / 4] + (r % 4) * stride + s);
+      unrolled<Vectors>([&](auto v) { Op::step(acc[r][v], weight[v], a); });
+    });
   }
-
-  for (int v = 0; v < Vectors; ++v) {
-    const int64_t channel = (first_vector + v) * kLanes;
-    const int64_t width = std::min<int64_t>(t.channels - channel, kLanes);
-    if (width <= 0) return;
-    for (int r = 0; r < Rows; ++r) {
-      F16 y = Op::finish(acc[r][v], t.row_sums[r], t.row_scales[r], t.channel_scales + channel);
-      if (t.bias) y = y + load(t.bias + channel);
-      float* out = t.out + r * t.out_stride + channel;
-      if (t.accumulate) y = load_n(out, static_cast<int>(width)) + y;
-      store_n(out, y, static_cast<int>(width));
-    }
-  }
+  unrolled<Rows>([&](auto r) {
+    unrolled<Vectors>([&](auto v) { finish<Op>(t, acc[r][v], r, (first_vector + v) * kLanes); });
+  });
 }
 
 template <typename Op, int Rows>
@@ -84,11 +86,15 @@ void panel_rows(const PackedMatrix& m, const Activations& act, int64_t row, int6
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t first = row + rows * block / blocks;
     const int64_t count = row + rows * (block + 1) / blocks - first;
+    const uint32_t* weights = m.data + panel * steps_of(m) * kPanel;
+    const char* next = reinterpret_cast<const char*>(weights + steps_of(m) * kPanel);
     const Tile tile{act.words + first * act.stride,
                     act.stride,
                     act.scales + first,
                     act.sums + first,
-                    m.data + panel * steps_of(m) * kPanel,
+                    weights,
+                    next + block * steps_of(m) * 128 / blocks / 64 * 64,
+                    blocks == 1 ? 128 : 64,
                     steps_of(m),
                     m.scales + channel,
                     m.has_bias ? m.bias + channel : nullptr,

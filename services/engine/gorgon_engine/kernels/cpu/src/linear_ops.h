@@ -1,10 +1,24 @@
 // The multiply-accumulate step of each weight kind: 16 output channels against one 32-bit word of activations.
 #pragma once
 
+#include <type_traits>
+#include <utility>
+
 #include "linear.h"
 #include "simd.h"
 
 namespace gorgon {
+
+// body(0), body(1), ... with constant indices. A plain loop over an array of accumulators is unrolled too late for g++
+// to keep the array in registers.
+template <typename Body, int... Index>
+[[gnu::always_inline]] inline void unrolled_over(Body&& body, std::integer_sequence<int, Index...>) {
+  (body(std::integral_constant<int, Index>{}), ...);
+}
+template <int Count, typename Body>
+[[gnu::always_inline]] inline void unrolled(Body&& body) {
+  unrolled_over(body, std::make_integer_sequence<int, Count>{});
+}
 
 #if defined(GORGON_AVX512)
 constexpr int kVectorsPerTile = 2;  // 12 rows x 2 vectors of accumulators leave room for the weights in 32 registers
@@ -156,7 +170,7 @@ struct Int8Op {
     return _mm256_permute4x64_epi64(_mm256_hadd_epi32(acc.v[2 * i], acc.v[2 * i + 1]), 0xd8);
   }
 #endif
-  static F16 finish(const Acc& acc, int32_t sum, float row_scale, const float* channel_scales) {
+  static F16 finish(Acc acc, int32_t sum, float row_scale, const float* channel_scales) {
     const __m256i offset = _mm256_set1_epi32(128 * sum);
     const __m256 low = _mm256_cvtepi32_ps(_mm256_sub_epi32(half(acc, 0), offset));
     const __m256 high = _mm256_cvtepi32_ps(_mm256_sub_epi32(half(acc, 1), offset));
@@ -188,7 +202,7 @@ struct Int8Op {
     for (int i = 0; i < kLanes; ++i)
       for (int j = 0; j < 4; ++j) acc.v[i] += static_cast<int32_t>(w[4 * i + j]) * a.v[j];
   }
-  static F16 finish(const Acc& acc, int32_t sum, float row_scale, const float* channel_scales) {
+  static F16 finish(Acc acc, int32_t sum, float row_scale, const float* channel_scales) {
     F16 exact;
     for (int i = 0; i < kLanes; ++i) exact.v[i] = static_cast<float>(acc.v[i] - 128 * sum);
     return scale_int8(exact, row_scale, channel_scales);

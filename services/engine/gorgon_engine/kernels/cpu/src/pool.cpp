@@ -40,6 +40,11 @@ Pool& Pool::instance() {
   return *g_pool;
 }
 
+int& Pool::thread_index() {
+  static thread_local int index = 0;  // a caller of run() is always number 0
+  return index;
+}
+
 void Pool::set_num_threads(int count) {
   const std::lock_guard<std::mutex> lock(run_mutex_);
   if (count == num_threads_ && num_workers_ == count - 1) return;
@@ -52,15 +57,15 @@ void Pool::set_num_threads(int count) {
     stop_.store(false);
   }
   num_threads_ = count;
+  taken_.reset(new Counter[count]);
   num_workers_ = count - 1;
   alive_.store(num_workers_);
   const uint32_t seen = epoch_.load();
-  for (int i = 0; i < num_workers_; ++i) std::thread([this, seen] { worker(seen); }).detach();
+  for (int i = 0; i < num_workers_; ++i) std::thread([=] { worker(i + 1, seen); }).detach();
 }
 
 void Pool::run(const std::function<void()>& body) {
   const std::lock_guard<std::mutex> lock(run_mutex_);
-  next_item_.store(0);
   if (num_workers_ == 0) return body();
   body_ = &body;
   epoch_.fetch_add(1);
@@ -72,7 +77,8 @@ void Pool::run(const std::function<void()>& body) {
   barrier();
 }
 
-void Pool::worker(uint32_t seen) {
+void Pool::worker(int index, uint32_t seen) {
+  thread_index() = index;
   for (;;) {
     const auto deadline = std::chrono::steady_clock::now() + kSpin;
     for (int spins = 1; epoch_.load() == seen; ++spins) {
@@ -93,19 +99,19 @@ void Pool::worker(uint32_t seen) {
 
 void Pool::barrier() {
   if (num_threads_ == 1) {
-    next_item_.store(0, std::memory_order_relaxed);
+    taken_[0].count.store(0, std::memory_order_relaxed);
     return;
   }
   const uint32_t generation = generation_.load(std::memory_order_acquire);
   if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == num_threads_) {
     arrived_.store(0, std::memory_order_relaxed);
-    next_item_.store(0, std::memory_order_relaxed);
+    for (int i = 0; i < num_threads_; ++i) taken_[i].count.store(0, std::memory_order_relaxed);
     generation_.store(generation + 1, std::memory_order_release);
     return;
   }
   for (int spins = 0; generation_.load(std::memory_order_acquire) == generation; ++spins) {
     // The missing thread may be off its core: after a while, offer it ours.
-    if (spins < 2048) relax();
+    if (spins < 256) relax();
     else std::this_thread::yield();
   }
 }

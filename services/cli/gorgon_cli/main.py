@@ -1,0 +1,62 @@
+"""The `gorgon` command: one line for every error, never a traceback for what is not our bug."""
+
+import sys
+from importlib import import_module
+from importlib.metadata import version
+
+import click
+
+from gorgon_protocol.errors import GorgonError
+
+# Command -> module:attribute, imported when the command runs: torch takes a second that `--help` need not wait for.
+_COMMANDS = {
+    "generate": "gorgon_cli.generate:generate",
+    "chat": "gorgon_cli.chat:chat",
+    "models": "gorgon_cli.models:models",
+    "bench": "gorgon_cli.bench:bench",
+}
+
+EXIT_ERROR = 1
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+
+
+class _LazyGroup(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        module, attribute = _COMMANDS[cmd_name].split(":")
+        command = getattr(import_module(module), attribute)
+        assert isinstance(command, click.Command)
+        return command
+
+
+@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(version("gorgon"), prog_name="gorgon")
+def cli() -> None:
+    """Lossless tree-speculative inference for 4-bit language models."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of the installed command; exits the process."""
+    try:
+        sys.exit(cli.main(args=arguments, prog_name="gorgon", standalone_mode=False) or 0)
+    except click.UsageError as error:
+        error.show()
+        sys.exit(EXIT_USAGE)
+    except click.ClickException as error:
+        click.echo(f"gorgon: {error.format_message()}", err=True)
+        sys.exit(EXIT_ERROR)
+    except GorgonError as error:
+        click.echo(f"gorgon: {error}", err=True)
+        sys.exit(EXIT_ERROR)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("gorgon: interrupted", err=True)
+        sys.exit(EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        # The reader (`head`) went away: not an error, and no second message at exit about the closed pipe.
+        sys.stderr.close()
+        sys.exit(EXIT_ERROR)

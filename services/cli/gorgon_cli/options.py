@@ -1,0 +1,173 @@
+"""Options that several commands share, and what they build."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from gorgon_engine.acceptance import AcceptanceRule
+from gorgon_engine.backbone.select import BackboneOptions, Kernels
+from gorgon_engine.drafters.select import DrafterKind
+from gorgon_engine.engine import Engine, EngineConfig
+from gorgon_engine.models.loading import Quantization
+from gorgon_engine.sampling import SamplingParams
+from gorgon_engine.sequence import SpeculationParams
+from gorgon_engine.tree.tree import MAX_NODES
+from gorgon_protocol.errors import BadRequestError
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_DTYPES = {"float32": "float32", "bfloat16": "bfloat16"}
+
+
+@dataclass(frozen=True, slots=True)
+class EngineArguments:
+    model: str
+    heads: str | None
+    drafter: str | None
+    max_nodes: int
+    fixed_tree: bool
+    quantization: str | None
+    dtype: str | None
+    device: str | None
+    kernels: str
+    context: int | None
+
+    def config(self, *, num_slots: int = 1) -> EngineConfig:
+        import torch
+
+        return EngineConfig(
+            model=self.model,
+            backbone=BackboneOptions(
+                quantization=None if self.quantization is None else Quantization(self.quantization),
+                dtype=None if self.dtype is None else getattr(torch, _DTYPES[self.dtype]),
+                device=self.device,
+                kernels=Kernels(self.kernels),
+            ),
+            heads=None if self.heads in (None, "none") else Path(str(self.heads)),
+            drafter=None if self.drafter is None else DrafterKind(self.drafter),
+            max_nodes=self.max_nodes,
+            adaptive=not self.fixed_tree,
+            num_slots=num_slots,
+            context=self.context,
+        )
+
+
+def engine_options(command: F) -> F:
+    """Which model, on which kernels, with which drafters; the command gets them as `engine_arguments`."""
+    names = list(EngineArguments.__dataclass_fields__)
+
+    def wrapper(**values: Any) -> Any:
+        arguments = EngineArguments(**{name: values.pop(name) for name in names})
+        return command(engine_arguments=arguments, **values)
+
+    return _decorate(
+        wrapper,
+        command,
+        click.option("--model", default="smollm2", show_default=True, metavar="PATH|NAME",
+                     help="Model folder, name in `gorgon models list`, or hub name."),
+        click.option("--heads", metavar="PATH|none", help="Checkpoint folder of trained draft heads."),
+        click.option("--drafter", type=click.Choice([str(kind) for kind in DrafterKind]),
+                     help="Who guesses: trained heads, the text so far (ngram), both, or nobody. "
+                     "Default: all there are."),
+        click.option("--max-nodes", type=click.IntRange(1, MAX_NODES), default=32, show_default=True,
+                     help="Most rows of a verification pass, root included; 1 is plain decoding."),
+        click.option("--fixed-tree", is_flag=True,
+                     help="Always verify all that was guessed, instead of what pays on this machine."),
+        click.option("--quantization", type=click.Choice([str(kind) for kind in Quantization]),
+                     help="Default: int8 on a CPU, nf4 on a GPU."),
+        click.option("--dtype", type=click.Choice(list(_DTYPES)), help="Unquantised weights of this type."),
+        click.option("--device", metavar="cpu|cuda[:N]", help="Default: a GPU where there is one."),
+        click.option("--kernels", type=click.Choice([str(kind) for kind in Kernels]), default="auto",
+                     show_default=True, help="CPU kernels: the project's own (native) or torch's."),
+        click.option("--context", type=click.IntRange(min=2), metavar="N",
+                     help="Positions for prompt and answer. Default: the model's, at most 8192."),
+    )  # fmt: skip
+
+
+def sampling_options(command: F) -> F:
+    """How tokens are drawn; the command gets them as `sampling`, a `SamplingParams`."""
+
+    def wrapper(**values: Any) -> Any:
+        sampling = SamplingParams(
+            max_tokens=values.pop("max_tokens"),
+            temperature=values.pop("temperature"),
+            top_p=values.pop("top_p"),
+            top_k=values.pop("top_k"),
+            min_p=values.pop("min_p"),
+            repetition_penalty=values.pop("repetition_penalty"),
+            presence_penalty=values.pop("presence_penalty"),
+            frequency_penalty=values.pop("frequency_penalty"),
+            logit_bias=_logit_bias(values.pop("logit_bias")),
+            seed=values.pop("seed"),
+            stop=tuple(values.pop("stop")),
+            stop_token_ids=tuple(values.pop("stop_token_id")),
+            ignore_eos=values.pop("ignore_eos"),
+            logprobs=values.pop("logprobs"),
+        )
+        return command(sampling=sampling, **values)
+
+    return _decorate(
+        wrapper,
+        command,
+        click.option("--max-tokens", type=int, default=256, show_default=True, help="Most tokens of the answer."),
+        click.option("--temperature", type=float, default=0.0, show_default=True, help="0 = greedy."),
+        click.option("--top-p", type=float, default=1.0, help="Keep the likeliest tokens of this total probability."),
+        click.option("--top-k", type=int, default=0, help="Keep this many likeliest tokens; 0 = all."),
+        click.option("--min-p", type=float, default=0.0, help="Keep tokens above this share of the likeliest one's."),
+        click.option("--repetition-penalty", type=float, default=1.0, help="Over prompt and answer; 1 = none."),
+        click.option("--presence-penalty", type=float, default=0.0, help="As OpenAI defines it, -2..2."),
+        click.option("--frequency-penalty", type=float, default=0.0, help="As OpenAI defines it, -2..2."),
+        click.option("--logit-bias", multiple=True, metavar="TOKEN=BIAS", help="Add BIAS to a token id's logit."),
+        click.option("--seed", type=int, default=0, show_default=True, help="Same seed, same tokens."),
+        click.option("--stop", multiple=True, help="End before this text; may be given several times."),
+        click.option("--stop-token-id", multiple=True, type=int, help="End at this token; may be given several times."),
+        click.option("--ignore-eos", is_flag=True, help="Go on past the model's own end."),
+        click.option("--logprobs", type=int, metavar="N", help="Report log-probabilities and N alternatives (--json)."),
+    )
+
+
+def speculation_options(command: F) -> F:
+    """What to accept; the command gets it as `speculation`."""
+
+    def wrapper(**values: Any) -> Any:
+        rule = AcceptanceRule(values.pop("acceptance"))
+        return command(speculation=SpeculationParams(acceptance=rule), **values)
+
+    return _decorate(
+        wrapper,
+        command,
+        click.option("--acceptance", type=click.Choice([str(rule) for rule in AcceptanceRule]), default="lossless",
+                     show_default=True, help="lossless: the tokens of plain decoding. rejection: its distribution. "
+                     "typical: faster and LOSSY."),
+    )  # fmt: skip
+
+
+def load_engine(arguments: EngineArguments, *, num_slots: int = 1) -> Engine:
+    """The engine, with its notices on standard error."""
+    engine = Engine.load(arguments.config(num_slots=num_slots))
+    for notice in engine.notices:
+        click.echo(f"gorgon: {notice}", err=True)
+    return engine
+
+
+def _decorate(wrapper: Callable[..., Any], command: F, *options: Callable[[Any], Any]) -> F:
+    wrapper.__name__, wrapper.__doc__ = command.__name__, command.__doc__
+    wrapper.__click_params__ = list(getattr(command, "__click_params__", []))  # type: ignore[attr-defined]
+    decorated: Any = wrapper
+    for option in reversed(options):
+        decorated = option(decorated)
+    return decorated
+
+
+def _logit_bias(items: tuple[str, ...]) -> dict[int, float]:
+    bias = {}
+    for item in items:
+        token, separator, value = item.partition("=")
+        try:
+            bias[int(token)] = float(value if separator else "")
+        except ValueError:
+            raise BadRequestError(f"--logit-bias takes TOKEN=BIAS, like 1234=-5: got {item!r}") from None
+    return bias

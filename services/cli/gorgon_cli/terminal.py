@@ -1,0 +1,127 @@
+"""What a person sees of a generation: streamed text with the accepted drafts marked, and the figures at its end."""
+
+import os
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import click
+
+from gorgon_engine.engine import Engine
+from gorgon_engine.events import FinishedEvent, TokenEvent
+from gorgon_engine.sequence import FinishReason, Request
+
+# Accepted drafts are green and underlined: visible in colour and without it.
+_DRAFT_ON, _DRAFT_OFF = "\x1b[32;4m", "\x1b[0m"
+
+
+@dataclass(slots=True)
+class Generation:
+    """One finished request: all that its events said."""
+
+    request: Request
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    steps: list[TokenEvent] = field(default_factory=list)
+    finished: FinishedEvent | None = None
+
+    @property
+    def end(self) -> FinishedEvent:
+        assert self.finished is not None, "a generation is read before its terminal event"
+        return self.finished
+
+
+def run(engine: Engine, request: Request, *, show: bool) -> Generation:
+    """Run a request to its end; Ctrl-C ends it with what was produced (`finish_reason` "cancelled")."""
+    generation = Generation(request)
+    marked = show and sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    events = engine.generate(request)
+    try:
+        _collect(events, generation, show=show, marked=marked)
+    except KeyboardInterrupt:
+        events.close()
+        _collect(engine.abort(), generation, show=show, marked=marked)
+    if show:
+        click.echo()
+    return generation
+
+
+def _collect(events: Iterable[Any], generation: Generation, *, show: bool, marked: bool) -> None:
+    for event in events:
+        if isinstance(event, FinishedEvent):
+            generation.finished = event
+            pieces, drafts = [event.text], 0
+        else:
+            generation.token_ids += event.token_ids
+            generation.steps.append(event)
+            pieces, drafts = event.pieces, event.num_accepted
+        generation.text += "".join(pieces)
+        if show:
+            click.echo(_styled(pieces, drafts if marked else 0), nl=False, color=marked or None)
+            sys.stdout.flush()
+
+
+def _styled(pieces: list[str], num_drafts: int) -> str:
+    drafted, own = "".join(pieces[:num_drafts]), "".join(pieces[num_drafts:])
+    return (f"{_DRAFT_ON}{drafted}{_DRAFT_OFF}" if drafted else "") + own
+
+
+def speedup(engine: Engine, generation: Generation) -> float | None:
+    """This request's decode speed over the plain speed measured at start-up; None where either is unknown."""
+    rate = generation.end.tokens_per_second
+    return rate / engine.calibration.plain_tokens_per_second if rate and engine.calibration else None
+
+
+def summary(engine: Engine, generation: Generation) -> str:
+    """One line: tokens, tokens/s, tokens a step, measured speedup."""
+    end = generation.end
+    parts = [f"{end.usage.completion_tokens} tokens"]
+    if end.tokens_per_second is not None:
+        parts.append(f"{end.tokens_per_second:.1f} tokens/s")
+    if end.metrics.num_spec_steps:
+        parts.append(f"{end.metrics.mean_acceptance_length:.2f} tokens/step")
+    ratio = speedup(engine, generation)
+    if ratio is not None and engine.calibration is not None:
+        parts.append(f"{ratio:.2f}x plain decoding ({engine.calibration.plain_tokens_per_second:.1f} tokens/s here)")
+    parts.append(engine.backbone.kernels)
+    if end.finish_reason is FinishReason.CANCELLED:
+        parts.append("interrupted")
+    elif end.finish_reason is FinishReason.LENGTH:
+        parts.append("stopped at the token limit")
+    return " · ".join(parts)
+
+
+def as_json(engine: Engine, generation: Generation) -> dict[str, Any]:
+    """The object that `--json` prints."""
+    end = generation.end
+    calibration = engine.calibration
+    report: dict[str, Any] = {
+        "text": generation.text,
+        "token_ids": generation.token_ids,
+        "finish_reason": str(end.finish_reason),
+        "usage": end.usage.model_dump(),
+        "metrics": {"speculative_decoding": end.metrics.model_dump()},
+        "tokens_per_second": end.tokens_per_second,
+        "plain_tokens_per_second": calibration.plain_tokens_per_second if calibration else None,
+        "speedup": speedup(engine, generation),
+        "ttft_seconds": end.ttft_seconds,
+        "acceptance": str(generation.request.speculation.acceptance),
+        "kernels": engine.backbone.kernels,
+        "row_invariant": engine.backbone.row_invariant,
+    }
+    if generation.request.sampling.logprobs is not None:
+        report["logprobs"] = [
+            {
+                "token_id": entry.token,
+                "token": engine.tokenizer.token_text(entry.token),
+                "logprob": entry.logprob,
+                "top": [
+                    {"token_id": token, "token": engine.tokenizer.token_text(token), "logprob": value}
+                    for token, value in entry.top
+                ],
+            }
+            for step in generation.steps
+            for entry in step.logprobs or []
+        ]
+    return report
