@@ -171,3 +171,38 @@ def test_values_out_of_range_are_named(field: str, value: float) -> None:
 def test_empty_stop_strings_are_refused() -> None:
     with pytest.raises(BadRequestError, match="stop"):
         SamplingParams(stop=("a", ""))
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**31), temperature=st.sampled_from([0.0, 0.3, 1.0, 4.0]), position=st.integers(0, 2**40))
+def test_the_native_sampler_draws_the_same_token(seed: int, temperature: float, position: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(3, 2003, generator=generator) * float(torch.rand((), generator=generator)) * 20
+    batch = batch_of(*[SamplingParams(temperature=temperature, seed=seed + row) for row in range(3)], vocab=2003)
+    positions = torch.tensor([position, position + 1, position])
+    target = process_logits(logits, batch, None)
+    noise = gumbel_noise(batch.seeds, positions, 2003) if temperature else 0.0
+    assert torch.equal(sample(target, batch, positions), (target + noise).argmax(dim=1))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    top_k=st.sampled_from([0, 5, 1024, 1025, 3000]),
+    top_p=st.floats(0.2, 1.0),
+    min_p=st.sampled_from([0.0, 0.01, 0.2]),
+)
+def test_the_head_shortcut_keeps_the_same_tokens(seed: int, top_k: int, top_p: float, min_p: float) -> None:
+    logits = torch.randn(2, 5000, generator=torch.Generator().manual_seed(seed)) * 3
+    params = SamplingParams(temperature=1.0, top_k=top_k, top_p=top_p, min_p=min_p)
+    got = process_logits(logits, batch_of(params, params, vocab=5000), None)
+    warpers = LogitsProcessorList()
+    if top_k:
+        warpers.append(TopKLogitsWarper(top_k))
+    if top_p < 1.0:
+        warpers.append(TopPLogitsWarper(top_p))
+    if min_p > 0.0:
+        warpers.append(MinPLogitsWarper(min_p))
+    expected = warpers(torch.zeros(2, 1, dtype=torch.int64), logits.clone()) if len(warpers) else logits
+    assert ((got > -torch.inf) != (expected > -torch.inf)).sum() <= 1
+    assert torch.equal(got[got > -torch.inf], logits[got > -torch.inf])

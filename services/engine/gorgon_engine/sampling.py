@@ -10,11 +10,14 @@ Letters: R rows (one sequence each), V vocabulary.
 
 import math
 from dataclasses import dataclass, field, fields, replace
+from functools import cache
 
 import torch
 from torch import Tensor
 
-from gorgon_engine.random import gumbel_noise
+from gorgon_engine.kernels.cpu import NativeKernelsUnavailable, NativeLibrary, load_library
+from gorgon_engine.kernels.cpu.sampling import gumbel_argmax
+from gorgon_engine.random import Stream, gumbel_noise
 from gorgon_protocol.errors import BadRequestError
 
 MAX_LOGPROBS = 20
@@ -176,26 +179,55 @@ def _penalise(logits: Tensor, batch: SamplingBatch, counts: TokenCounts) -> Tens
     return logits - batch.frequency_penalty[:, None] * counts.in_output
 
 
+# Filters rarely keep more tokens than this: on a CPU, where sorting a vocabulary costs as much as half a forward pass,
+# the rest is only looked at where they do.
+_HEAD = 1024
+
+
 def _filter(logits: Tensor, batch: SamplingBatch) -> Tensor:
-    vocab_size = logits.shape[1]
-    # Stable and descending: equal logits keep the order of their ids, so a cut through a tie is deterministic.
-    ordered, order = torch.sort(logits, dim=1, descending=True, stable=True)
-    rank = torch.arange(vocab_size, device=logits.device)
-    top_k = torch.where(batch.top_k > 0, batch.top_k, vocab_size)[:, None]
-    ordered = ordered.masked_fill(rank >= top_k, -torch.inf)
-    probs = torch.softmax(ordered, dim=1)
-    # Keep the smallest set whose mass reaches top_p: a token goes when the mass before it already does.
-    mass_before = probs.cumsum(dim=1) - probs
-    drop = (mass_before >= batch.top_p[:, None]) & (batch.top_p < 1.0)[:, None]
-    drop |= probs < batch.min_p[:, None] * probs[:, :1]
+    probs = torch.softmax(logits, dim=1)
+    if logits.device.type == "cpu" and logits.shape[1] > _HEAD:
+        head, order = probs.topk(_HEAD, dim=1)
+        enough = (batch.top_k > 0) & (batch.top_k <= _HEAD)
+        enough |= (batch.top_p < 1.0) & (batch.top_k == 0) & (head.cumsum(dim=1)[:, -1] >= batch.top_p + 1e-4)
+        enough |= (head[:, -1] < batch.min_p * head[:, 0]) & (batch.top_k <= _HEAD)
+        if bool((enough | batch.greedy).all()):
+            return _keep(logits, head, order, batch)
+    # Stable: equal probabilities keep the order of their ids, so a cut through a tie is deterministic.
+    ordered, order = torch.sort(probs, dim=1, descending=True, stable=True)
+    return _keep(logits, ordered, order, batch)
+
+
+def _keep(logits: Tensor, probs: Tensor, order: Tensor, batch: SamplingBatch) -> Tensor:
+    """Logits [R, V] with all but the kept tokens at -inf. probs, order: [R, n], the n likeliest tokens, descending."""
+    rank = torch.arange(probs.shape[1], device=probs.device)
+    limited = (batch.top_k > 0)[:, None]
+    in_top_k = ~limited | (rank < batch.top_k[:, None])
+    kept = probs * in_top_k
+    # top_p and min_p look at what top_k left, renormalised (transformers' processors run one after another).
+    mass = kept.cumsum(dim=1)
+    whole = torch.where(limited, mass[:, -1:], 1.0)
+    reached = (mass - kept) / whole >= batch.top_p[:, None]
+    drop = ~in_top_k | (reached & (batch.top_p < 1.0)[:, None]) | (kept < batch.min_p[:, None] * kept[:, :1])
     drop[:, 0] = False
-    ordered = ordered.masked_fill(drop, -torch.inf)
-    return torch.empty_like(logits).scatter_(1, order, ordered)
+    values = logits.gather(1, order).masked_fill(drop, -torch.inf)
+    return torch.full_like(logits, -torch.inf).scatter_(1, order, values)
 
 
 def sample(logits: Tensor, batch: SamplingBatch, positions: Tensor) -> Tensor:
     """One token a row from processed logits [R, V] at absolute positions [R] -> [R] int64. Ties: the lowest id."""
     if batch.all_greedy:
         return logits.argmax(dim=1)
+    if logits.device.type == "cpu" and (library := _native_library()) is not None:
+        drawn = gumbel_argmax(library, logits.contiguous(), batch.seeds, positions.contiguous(), Stream.TARGET)
+        return torch.where(batch.greedy, logits.argmax(dim=1), drawn)
     noise = gumbel_noise(batch.seeds, positions, logits.shape[1])
     return torch.where(batch.greedy[:, None], logits, logits + noise).argmax(dim=1)
+
+
+@cache
+def _native_library() -> NativeLibrary | None:
+    try:
+        return load_library()
+    except NativeKernelsUnavailable:
+        return None

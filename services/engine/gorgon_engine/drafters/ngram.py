@@ -75,14 +75,10 @@ def match_lengths(history: Tensor, lengths: Tensor, max_match: int) -> Tensor:
     history: [B, S]; lengths: [B]. Zero at the end itself and behind it: there is nothing to copy.
     """
     batch, num_positions = history.shape
-    position = torch.arange(num_positions, device=history.device)
-    matched = torch.zeros_like(history)
-    going = (position < (lengths - 1)[:, None]).long()  # [B, S]
-    for back in range(max_match):
-        wanted = history.gather(1, (lengths - 1 - back).clamp(min=0)[:, None])  # [B, 1]
-        inside = (lengths > back)[:, None]
-        # history shifted right by `back`: at position s it shows what stood at s - back.
-        shifted = torch.nn.functional.pad(history, (back, 0), value=-1)[:, :num_positions]
-        going = going & ((shifted == wanted) & inside)
-        matched = matched + going
-    return matched
+    back = torch.arange(max_match, device=history.device)
+    last = (lengths - 1)[:, None]
+    suffix = history.gather(1, (last - back).clamp(min=0))  # [B, m], newest first
+    windows = torch.nn.functional.pad(history, (max_match - 1, 0), value=-1).unfold(1, max_match, 1)  # [B, S, m]
+    equal = (windows == suffix.flip(1)[:, None]) & (back <= last).flip(1)[:, None]
+    run = equal.flip(2).cumprod(dim=2).sum(dim=2)
+    return run.masked_fill_(torch.arange(num_positions, device=history.device) >= last, 0)

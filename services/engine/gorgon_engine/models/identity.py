@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from gorgon_engine.models.cache import cache_dir
@@ -87,5 +88,6 @@ def _remember(entry: Path, content: dict[str, object]) -> None:
         entry.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(json.dumps(content))
         temporary.replace(entry)
-    except OSError:
-        temporary.unlink(missing_ok=True)  # a full or read-only cache costs time at the next start, nothing else
+    except OSError:  # a full or read-only cache costs time at the next start, nothing else
+        with suppress(OSError):
+            temporary.unlink()

@@ -2,11 +2,11 @@
 
     angle[i] = position * inv_freq[i],  i = 0 .. D/2 - 1         (rotate-half: dimension i pairs with i + D/2)
 
-The frequencies come from transformers' own functions and are its to the bit (`dynamic` beyond the original length: to the
-last place or two, as a vector power rounds differently from a scalar one). Types whose frequencies depend
-on the sequence length (`dynamic`, `longrope`) take max(prompt length, position + 1) as the length of a row: what
-transformers sees when a prompt is prefilled whole and then decoded token by token. It depends on the row alone, so
-neither batching nor speculation can change it.
+The frequencies come from transformers' own functions and are its to the bit (`dynamic` beyond the original length: to
+the last place or two, as a vector's power rounds differently from a scalar's). Types whose frequencies depend on the
+sequence length (`dynamic`, `longrope`) take max(prompt length, position + 1) as the length of a row: what transformers
+sees when a prompt is prefilled whole and then decoded token by token. It depends on the row alone, so neither batching
+nor speculation can change it.
 """
 
 from typing import Any

@@ -88,6 +88,8 @@ class NativeLibrary:
         self._declare("gorgon_get_num_threads", ctypes.c_int)
         self._declare("gorgon_advise_huge_pages", None, pointer, ctypes.c_int64)
         self._declare("gorgon_linear", ctypes.c_int, ctypes.POINTER(PackedMatrix), pointer, ctypes.c_int64, pointer)
+        shape = (ctypes.c_int64, ctypes.c_int64)
+        self._declare("gorgon_gumbel_argmax", None, pointer, *shape, pointer, pointer, ctypes.c_int32, pointer)
         self._declare("gorgon_model_create", pointer, ctypes.POINTER(ModelConfig))
         self._declare("gorgon_model_destroy", None, pointer)
         self._declare("gorgon_model_forward", ctypes.c_char_p, pointer, ctypes.POINTER(ForwardArgs))

@@ -115,13 +115,12 @@ template <typename Cache, int Count>
 void score_block(const uint32_t* queries, int64_t query_stride, int64_t words, const uint32_t* keys, float* scores,
                  int64_t score_stride) {
   F16 acc[Count];
-  for (int q = 0; q < Count; ++q) acc[q] = set1(0.0f);
+  unrolled<Count>([&](auto q) { acc[q] = set1(0.0f); });
   for (int64_t d = 0; d < words; ++d) {
     const typename Cache::Op::Weight key = Cache::Op::weight(keys + d * kBlock);
-#pragma GCC unroll 8
-    for (int q = 0; q < Count; ++q) Cache::Op::step(acc[q], key, Cache::Op::act(queries + q * query_stride + d));
+    unrolled<Count>([&](auto q) { Cache::Op::step(acc[q], key, Cache::Op::act(queries + q * query_stride + d)); });
   }
-  for (int q = 0; q < Count; ++q) store(scores + q * score_stride, acc[q]);
+  unrolled<Count>([&](auto q) { store(scores + q * score_stride, acc[q]); });
 }
 
 // sums[q][dims] += sum over the block's keys of weight * value, keys ascending, for Count queries.
@@ -129,18 +128,20 @@ template <typename Cache, int Count, int Vectors>
 void value_block(const uint32_t* weights, int64_t weight_stride, const uint32_t* values, int64_t padded_dim,
                  float* sums, int64_t sum_stride) {
   F16 acc[Count][Vectors];
-  for (int q = 0; q < Count; ++q)
-    for (int v = 0; v < Vectors; ++v) acc[q][v] = load(sums + q * sum_stride + v * kLanes);
+  unrolled<Count>([&](auto q) {
+    unrolled<Vectors>([&](auto v) { acc[q][v] = load(sums + q * sum_stride + v * kLanes); });
+  });
   for (int k = 0; k < Cache::kKeySteps; ++k) {
     typename Cache::Op::Weight value[Vectors];
-    for (int v = 0; v < Vectors; ++v) value[v] = Cache::Op::weight(values + k * padded_dim + v * kLanes);
-    for (int q = 0; q < Count; ++q) {
+    unrolled<Vectors>([&](auto v) { value[v] = Cache::Op::weight(values + k * padded_dim + v * kLanes); });
+    unrolled<Count>([&](auto q) {
       const typename Cache::Op::Act weight = Cache::Op::act(weights + q * weight_stride + k);
-      for (int v = 0; v < Vectors; ++v) Cache::Op::step(acc[q][v], value[v], weight);
-    }
+      unrolled<Vectors>([&](auto v) { Cache::Op::step(acc[q][v], value[v], weight); });
+    });
   }
-  for (int q = 0; q < Count; ++q)
-    for (int v = 0; v < Vectors; ++v) store(sums + q * sum_stride + v * kLanes, acc[q][v]);
+  unrolled<Count>([&](auto q) {
+    unrolled<Vectors>([&](auto v) { store(sums + q * sum_stride + v * kLanes, acc[q][v]); });
+  });
 }
 
 }  // namespace gorgon
