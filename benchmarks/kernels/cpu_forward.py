@@ -148,7 +148,9 @@ def main() -> None:
         weight_bytes = sum(linear.num_bytes for linear in timer.model.linears())
         for context in options.contexts:
             one = statistics.median(samples[kind, options.rows[0], context, True])
-            print(f"\n{kind}, context {context}: {weight_bytes / one / 1e9:.1f} GB/s of weights at {options.rows[0]} row")
+            print(
+                f"\n{kind}, context {context}: {weight_bytes / one / 1e9:.1f} GB/s of weights at {options.rows[0]} row"
+            )
             for rows in options.rows:
                 times = samples[kind, rows, context, True]
                 median = statistics.median(times)

@@ -1,15 +1,17 @@
 """Every acceptance rule against the distribution it promises, and the walk against a plain restatement."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.statistics import chi_square_pvalue
 from gorgon_engine.acceptance import TYPICAL_ALPHA, TYPICAL_THRESHOLD, AcceptanceRule, accept
 from gorgon_engine.random import Stream, gumbel_noise
 from gorgon_engine.sampling import SamplingBatch, SamplingParams, TokenCounts, process_logits, sample
 from gorgon_engine.tree.tree import TreeBatch, ancestor_words
+from support.statistics import chi_square_pvalue
 
 PARAMS = {
     "plain": SamplingParams(temperature=1.0),
@@ -50,9 +52,7 @@ def sampling_rows(params: SamplingParams, seeds: torch.Tensor, vocab: int) -> Sa
 
 
 def histories(batch: int, vocab: int) -> TokenCounts:
-    counts = TokenCounts(
-        torch.zeros(batch, vocab, dtype=torch.bool), torch.zeros(batch, vocab, dtype=torch.int32)
-    )
+    counts = TokenCounts(torch.zeros(batch, vocab, dtype=torch.bool), torch.zeros(batch, vocab, dtype=torch.int32))
     counts.in_prompt[:, : vocab // 3] = True
     counts.in_output[:, 1 : vocab // 2 : 2] = 2
     return counts
@@ -71,7 +71,7 @@ def test_the_emitted_token_follows_the_backbone(name: str, vocab: int, draws: in
     target_probs = torch.softmax(target[0].double(), dim=0)
     # A draft distribution that is wrong in places: flatter, and blind to a third of the vocabulary.
     draft = torch.softmax(logits[0, 0] * 0.5 + torch.randn(vocab, generator=generator), dim=0)
-    draft[:: 3] = 0
+    draft[::3] = 0
     draft /= draft.sum()
     num_children, drawn = 3, []
     for start in range(0, draws, 100):
@@ -241,6 +241,6 @@ def test_typical_keeps_the_deepest_passing_path(seed: int, num_nodes: int) -> No
     assert stop == deepest + 1
     path = result.path[0, :stop].tolist()
     assert set(path) <= whole
-    assert all(int(parents[0, child]) == parent for parent, child in zip(path, path[1:], strict=False))
+    assert all(int(parents[0, child]) == parent for parent, child in itertools.pairwise(path))
     assert result.tokens[0, : stop - 1].tolist() == tokens[0, path[1:]].tolist()
     assert int(counts.in_output.sum()) == int(histories(1, vocab).in_output.sum()) + stop

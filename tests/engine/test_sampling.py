@@ -16,10 +16,10 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from engine.statistics import chi_square_pvalue
 from gorgon_engine.random import Stream, gumbel_noise, philox, uniform
 from gorgon_engine.sampling import SamplingBatch, SamplingParams, TokenCounts, process_logits, sample
 from gorgon_protocol.errors import BadRequestError
+from support.statistics import chi_square_pvalue
 
 VOCAB = 211
 
@@ -30,6 +30,7 @@ def batch_of(*params: SamplingParams, vocab: int = VOCAB) -> SamplingBatch:
 
 def test_philox_matches_the_published_vectors() -> None:
     """Known-answer vectors of Random123 (philox4x32, 10 rounds)."""
+
     def words(*values: int) -> tuple[torch.Tensor, ...]:
         return tuple(torch.tensor(v) for v in values)
 
@@ -135,9 +136,7 @@ def test_draws_follow_the_processed_distribution(params: SamplingParams, vocab: 
     target = process_logits(logits, batch, counts)
     tokens = torch.cat(
         [
-            sample(
-                target.expand(100, -1), batch_of(*[params] * 100, vocab=vocab), torch.arange(start, start + 100)
-            )
+            sample(target.expand(100, -1), batch_of(*[params] * 100, vocab=vocab), torch.arange(start, start + 100))
             for start in range(0, draws, 100)
         ]
     )

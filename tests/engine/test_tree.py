@@ -26,7 +26,10 @@ def forests(draw, batch: int, max_candidates: int = 24, vocab: int = 6) -> Candi
     seed = draw(st.integers(0, 2**32 - 1))
     generator = torch.Generator().manual_seed(seed)
     parents = torch.tensor(
-        [[int(torch.randint(-1, m, (1,), generator=generator)) if m else -1 for m in range(count)] for _ in range(batch)]
+        [
+            [int(torch.randint(-1, m, (1,), generator=generator)) if m else -1 for m in range(count)]
+            for _ in range(batch)
+        ]
     )
     log_probs = torch.zeros(batch, count)
     for b in range(batch):

@@ -12,7 +12,7 @@ import click
 from gorgon_cli import terminal
 from gorgon_cli.generate import decode_utf8
 from gorgon_cli.options import EngineArguments, engine_options, load_engine, sampling_options, speculation_options
-from gorgon_engine.engine import Engine
+from gorgon_engine.engine import Engine, Prompt
 from gorgon_engine.sampling import SamplingParams
 from gorgon_engine.sequence import FinishReason, SpeculationParams
 from gorgon_protocol.errors import BadRequestError
@@ -47,9 +47,10 @@ def bench_engine(
     questions = _read_prompts(prompts)[:limit]
     engine = load_engine(engine_arguments)
     pairs = []
-    with click.progressbar(questions, label="prompts", file=click.get_text_stream("stderr")) as bar:
-        for number, question in enumerate(bar):
+    with click.progressbar(length=len(questions), label="prompts", file=click.get_text_stream("stderr")) as bar:
+        for number, question in enumerate(questions):
             pairs.append(_run_pair(engine, question, sampling, speculation, plain_first=number % 2 == 0))
+            bar.update(1)
     report = _report(engine, pairs)
     click.echo(json.dumps(report) if as_json else _table(report))
     return 0
@@ -62,16 +63,17 @@ class _Pair:
 
 
 def _run_pair(
-    engine: Engine, question: Any, sampling: SamplingParams, speculation: SpeculationParams, *, plain_first: bool
+    engine: Engine, question: Prompt, sampling: SamplingParams, speculation: SpeculationParams, *, plain_first: bool
 ) -> _Pair:
-    ways = {"plain": replace(speculation, enabled=False), "speculative": speculation}
-    done = {}
-    for name in ways if plain_first else reversed(ways):
-        request = engine.request(question, sampling, ways[name])
-        done[name] = terminal.run(engine, request, show=False)
-        if done[name].end.finish_reason is FinishReason.CANCELLED:
+    def run(enabled: bool) -> terminal.Generation:
+        request = engine.request(question, sampling, replace(speculation, enabled=enabled))
+        generation = terminal.run(engine, request, show=False)
+        if generation.end.finish_reason is FinishReason.CANCELLED:
             raise KeyboardInterrupt
-    return _Pair(**done)
+        return generation
+
+    first, second = run(not plain_first), run(plain_first)
+    return _Pair(plain=first, speculative=second) if plain_first else _Pair(plain=second, speculative=first)
 
 
 def _report(engine: Engine, pairs: list[_Pair]) -> dict[str, Any]:
@@ -147,12 +149,12 @@ def _table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _read_prompts(path: Path) -> list[Any]:
+def _read_prompts(path: Path) -> list[Prompt]:
     try:
         lines = decode_utf8(path.read_bytes(), str(path)).splitlines()
     except OSError as error:
         raise BadRequestError(f"cannot read {path}: {error.strerror}") from None
-    questions: list[Any] = []
+    questions: list[Prompt] = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue

@@ -4,7 +4,7 @@ Immutable: a step returns the next state. When sequences join or leave, rows are
 moments nothing is rebuilt.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
@@ -58,24 +58,22 @@ class RunningBatch:
         return SamplingBatch.of(params, vocab_size=self.sampling.vocab_size, device=self.slots.device)
 
 
-def _map(value: T | None, change: Any) -> T | None:
+def _map(value: T | None, change: Callable[[Tensor], Tensor]) -> T | None:
     if value is None:
         return None
-    return replace(
-        value, **{f.name: change(t) for f in fields(value) if isinstance(t := getattr(value, f.name), Tensor)}
-    )
+    changed: dict[str, Any] = {
+        f.name: change(t) for f in fields(value) if isinstance(t := getattr(value, f.name), Tensor)
+    }
+    return replace(value, **changed)
 
 
 def _concatenate(first: T | None, second: T | None) -> T | None:
+    assert (first is None) == (second is None), "sequences in one batch carry the same kinds of state"
     if first is None or second is None:
-        assert first is None, "sequences in one batch carry the same kinds of state"
-        assert second is None, "sequences in one batch carry the same kinds of state"
         return None
-    return replace(
-        first,
-        **{
-            f.name: torch.cat([t, getattr(second, f.name)])
-            for f in fields(first)
-            if isinstance(t := getattr(first, f.name), Tensor)
-        },
-    )
+    joined: dict[str, Any] = {
+        f.name: torch.cat([t, getattr(second, f.name)])
+        for f in fields(first)
+        if isinstance(t := getattr(first, f.name), Tensor)
+    }
+    return replace(first, **joined)

@@ -34,7 +34,7 @@ class Calibration:
 
 
 def calibrate(step: SpeculativeStep) -> Calibration:
-    """Time plain steps, verification passes and drafting on a borrowed slot. Takes about a second on a small CPU model."""
+    """Time plain steps, verification passes and drafting on a borrowed slot: about a second for a small CPU model."""
     slot = step.cache.acquire()
     try:
         return _measure(step, slot)
@@ -45,15 +45,16 @@ def calibrate(step: SpeculativeStep) -> Calibration:
 def _measure(step: SpeculativeStep, slot: int) -> Calibration:
     device, vocab_size = step.backbone.device, step.backbone.config.vocab_size
     generator = torch.Generator().manual_seed(0)
-    prompt = torch.randint(vocab_size, (_PREFIX,), generator=generator).tolist()
+    prefix = min(_PREFIX, max(1, step.cache.capacity // 2))
+    prompt = torch.randint(vocab_size, (prefix,), generator=generator).tolist()
     sampling = SamplingBatch.of([SamplingParams()], vocab_size=vocab_size, device=device)
     plain = Wanted(draft=False)
-    start = step.prefill(slot, prompt, sampling, None, chunk_size=_PREFIX, wanted=plain, check=lambda: None)
+    start = step.prefill(slot, prompt, sampling, None, chunk_size=prefix, wanted=plain, check=lambda: None)
 
     batch, plain_times, draft_times = start.batch, [], []
     rows = [r for r in _ROW_COUNTS if r <= step.max_nodes]
     pass_times: dict[int, list[float]] = {r: [] for r in rows}
-    length = _PREFIX
+    length = prefix
     for round_number in range(_ROUNDS + 1):
         timed = round_number > 0  # the first round warms up
         for _ in range(3):
@@ -92,8 +93,8 @@ def _chain_tree(step: SpeculativeStep, slot: int, num_rows: int, generator: torc
         slots=slots,
         lengths=step.cache.lengths[slots],
         num_rows=torch.tensor([num_rows], device=device),
-        prompt_lengths=torch.tensor([_PREFIX], device=device),
-        max_positions=2 * _PREFIX + num_rows,
+        prompt_lengths=step.cache.lengths[slots],
+        max_positions=min(2 * _PREFIX + num_rows, step.cache.keys.shape[3]),
         ancestors=ancestor_words(index - 1),
     )
 

@@ -1,16 +1,15 @@
 """The engine as a library: load a model, generate.
 
-    engine = Engine.load(EngineConfig(model="smollm2"))
-    for event in engine.generate(engine.request("The capital of France is", SamplingParams(max_tokens=32))):
-        ...
+engine = Engine.load(EngineConfig(model="smollm2"))
+for event in engine.generate(engine.request("The capital of France is", SamplingParams(max_tokens=32))):
+    ...
 """
 
 import itertools
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Generator, Iterable
+from collections.abc import Sequence as SequenceABC
+from dataclasses import dataclass, field
 from pathlib import Path
-
-import torch
 
 from gorgon_engine.backbone.base import Backbone
 from gorgon_engine.backbone.select import BackboneOptions, load_backbone
@@ -26,9 +25,12 @@ from gorgon_engine.sampling import SamplingParams
 from gorgon_engine.scheduler import Scheduler
 from gorgon_engine.sequence import Request, Sequence, SpeculationParams
 from gorgon_engine.step import SpeculativeStep
-from gorgon_engine.tokenizer import Tokenizer
+from gorgon_engine.tokenizer import ChatMessage, Tokenizer
 from gorgon_engine.tree.tree import MAX_NODES
 from gorgon_protocol.errors import BadRequestError, ContextLengthError
+
+# A text to continue, chat messages, or token ids.
+Prompt = str | SequenceABC[ChatMessage] | SequenceABC[int]
 
 _DEFAULT_CONTEXT = 8192  # positions a sequence may fill unless asked otherwise: 128k contexts are gigabytes a slot
 
@@ -38,7 +40,7 @@ class EngineConfig:
     """How to build an engine. `model` is a folder, a catalogue name or a hub name."""
 
     model: str = "smollm2"
-    backbone: BackboneOptions = BackboneOptions()
+    backbone: BackboneOptions = field(default_factory=BackboneOptions)
     heads: Path | None = None
     drafter: DrafterKind | None = None  # None: heads and lookup where heads are given, else lookup
     max_nodes: int = 32
@@ -91,9 +93,7 @@ class Engine:
             dtype=backbone.cache_dtype,
             device=backbone.device,
         )
-        step = SpeculativeStep(
-            backbone, cache, tuple(drafters), max_nodes=config.max_nodes, max_depth=config.max_depth
-        )
+        step = SpeculativeStep(backbone, cache, tuple(drafters), max_nodes=config.max_nodes, max_depth=config.max_depth)
         self.calibration: Calibration | None = calibrate(step) if config.adaptive else None
         budget = TreeBudget(config.max_nodes, self.calibration.cost_model if self.calibration else None)
         eos = frozenset(shape.eos_token_ids)
@@ -111,19 +111,14 @@ class Engine:
 
     def request(
         self,
-        prompt: str | list[dict[str, str]] | list[int],
+        prompt: Prompt,
         sampling: SamplingParams | None = None,
         speculation: SpeculationParams | None = None,
         *,
         trace: bool = False,
     ) -> Request:
         """A request of a text, of chat messages, or of token ids. Raises `BadRequestError` for what cannot run."""
-        if isinstance(prompt, str):
-            tokens = self.tokenizer.encode(prompt)
-        elif prompt and isinstance(prompt[0], dict):
-            tokens = self.tokenizer.encode_chat(prompt)  # type: ignore[arg-type]
-        else:
-            tokens = [int(token) for token in prompt]  # type: ignore[call-overload]
+        tokens = self._tokens(prompt)
         if not tokens:
             raise BadRequestError("the prompt is empty: give at least one token of text")
         vocab_size = self.backbone.config.vocab_size
@@ -147,6 +142,14 @@ class Engine:
             trace=trace,
         )
 
+    def _tokens(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt)
+        messages = [part for part in prompt if not isinstance(part, int)]
+        if messages:
+            return self.tokenizer.encode_chat(messages)
+        return [part for part in prompt if isinstance(part, int)]
+
     def submit(self, request: Request) -> None:
         """Queue a request; `step` runs it."""
         stops = request.sampling.stop
@@ -163,7 +166,7 @@ class Engine:
         """End everything now; each request gets its terminal event."""
         return self._scheduler.abort()
 
-    def generate(self, *requests: Request) -> Iterator[Event]:
+    def generate(self, *requests: Request) -> Generator[Event, None, None]:
         """Run requests together to their ends, each event as it happens. Closing the iterator cancels what is left."""
         unfinished = {request.id for request in requests}
         for request in requests:

@@ -11,6 +11,7 @@ Letters: R rows (one sequence each), V vocabulary.
 import math
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -142,10 +143,9 @@ class SamplingBatch:
             any_filter=any(p.filtered and not p.greedy for p in params),
         )
 
-
     def repeat(self, times: int) -> "SamplingBatch":
         """Every row `times` times in a row: [R] -> [R * times]."""
-        changed = {
+        changed: dict[str, Any] = {
             f.name: value.repeat_interleave(times, dim=0)
             for f in fields(self)
             if isinstance(value := getattr(self, f.name), Tensor)
@@ -173,7 +173,9 @@ def process_logits(logits: Tensor, batch: SamplingBatch, counts: TokenCounts | N
 
 def _penalise(logits: Tensor, batch: SamplingBatch, counts: TokenCounts) -> Tensor:
     in_output = counts.in_output > 0
-    repeated = torch.where(logits > 0, logits / batch.repetition_penalty[:, None], logits * batch.repetition_penalty[:, None])
+    repeated = torch.where(
+        logits > 0, logits / batch.repetition_penalty[:, None], logits * batch.repetition_penalty[:, None]
+    )
     logits = torch.where(in_output | counts.in_prompt, repeated, logits)
     logits = logits - batch.presence_penalty[:, None] * in_output
     return logits - batch.frequency_penalty[:, None] * counts.in_output

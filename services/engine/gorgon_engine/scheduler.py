@@ -7,24 +7,23 @@ Only this module changes a sequence's status.
 
 import time
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from gorgon_engine.acceptance import AcceptanceRule
 from gorgon_engine.batch import RunningBatch
+from gorgon_engine.budget import TreeBudget
 from gorgon_engine.events import Event, FinishedEvent, TokenEvent
 from gorgon_engine.sampling import SamplingBatch, SamplingParams, TokenCounts
 from gorgon_engine.sequence import FinishReason, Sequence, Status
 from gorgon_engine.step import SpeculativeStep, StepResult, Wanted
-from gorgon_engine.budget import TreeBudget
 from gorgon_protocol.metrics import Usage
 
 
 @dataclass(slots=True)
 class _Group:
-    """Running sequences that can share a step: same acceptance rule, all or none with penalties, all or none drafted."""
+    """Running sequences that can share a step: one acceptance rule, all or none penalised, all or none drafted."""
 
     sequences: list[Sequence]
     batch: RunningBatch
@@ -157,6 +156,7 @@ class Scheduler:
         """Append one step's tokens up to the first that ends the sequence."""
         offered = result.tokens[row]
         first = not sequence.output
+        stop: str | int | None
         kept, reason, stop = self._until_stop(sequence, offered)
         pieces = []
         for token in kept:
@@ -188,9 +188,7 @@ class Scheduler:
             events.append(self._finish(sequence, reason, stop))
         return events
 
-    def _until_stop(
-        self, sequence: Sequence, offered: list[int]
-    ) -> tuple[list[int], FinishReason | None, int | None]:
+    def _until_stop(self, sequence: Sequence, offered: list[int]) -> tuple[list[int], FinishReason | None, int | None]:
         sampling = sequence.request.sampling
         stops = set(sampling.stop_token_ids) | (set() if sampling.ignore_eos else self._eos_token_ids)
         room = self._step.cache.capacity - len(sequence.request.prompt) - len(sequence.output)
@@ -227,6 +225,7 @@ class Scheduler:
         group.sequences = [group.sequences[row] for row in rows]
         if rows:
             group.batch = group.batch.select(rows, _params(group))
+
 
 def _params(group: _Group) -> list[SamplingParams]:
     return [s.request.sampling for s in group.sequences]

@@ -21,7 +21,7 @@ from gorgon_engine.kv_cache import KVCache
 from gorgon_engine.logprobs import TokenLogprobs, gather_logprobs, token_logprobs
 from gorgon_engine.readback import read_back
 from gorgon_engine.sampling import SamplingBatch, TokenCounts, process_logits, sample
-from gorgon_engine.tree.tree import MergedCandidates, TreeBatch, flatten, merge_candidates
+from gorgon_engine.tree.tree import TreeBatch, flatten, merge_candidates
 
 # The part of the cache and of the history that a step looks at is rounded up to this many positions, so that a GPU
 # sees few distinct shapes.
@@ -178,9 +178,7 @@ class SpeculativeStep:
         )
         return self.backbone.forward(inputs, self.cache)
 
-    def accept(
-        self, batch: RunningBatch, tree: TreeBatch, verified: ForwardOutput, rule: AcceptanceRule
-    ) -> Acceptance:
+    def accept(self, batch: RunningBatch, tree: TreeBatch, verified: ForwardOutput, rule: AcceptanceRule) -> Acceptance:
         """Walk each tree to the last node that the backbone agrees with."""
         return accept(
             tree,

@@ -43,9 +43,7 @@ class NativeBackbone:
         return self._lm_head(hidden.float().contiguous())
 
     @torch.inference_mode()
-    def forward(
-        self, inputs: ForwardInputs, cache: KVCache, *, logits_for: LogitsFor = LogitsFor.ALL
-    ) -> ForwardOutput:
+    def forward(self, inputs: ForwardInputs, cache: KVCache, *, logits_for: LogitsFor = LogitsFor.ALL) -> ForwardOutput:
         batch, num_rows = inputs.tokens.shape
         index = torch.arange(num_rows)
         real = index < inputs.num_rows[:, None]  # [B, N]

@@ -43,7 +43,9 @@ def load_backbone(folder: Path, options: BackboneOptions) -> tuple[Backbone, lis
     dtype = options.dtype or torch.bfloat16
     can_be_native = device.type == "cpu" and quantization is not Quantization.NF4
     if options.kernels is Kernels.NATIVE and not can_be_native:
-        raise BadRequestError(f"the native kernels run int8 and unquantised models on a CPU: got {quantization} on {device}")
+        raise BadRequestError(
+            f"the native kernels run int8 and unquantised models on a CPU: got {quantization} on {device}"
+        )
     if not can_be_native or options.kernels is Kernels.TORCH:
         return _load_torch(folder, quantization, dtype, device), []
     try:
@@ -99,5 +101,7 @@ def _device(name: str | None) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise BadRequestError(f"device {name!r} is not supported: give cpu, cuda or cuda:N")
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise BadRequestError(f"device {name!r} is not there: torch sees no CUDA GPU on this machine; leave --device out")
+        raise BadRequestError(
+            f"device {name!r} is not there: torch sees no CUDA GPU on this machine; leave --device out"
+        )
     return device

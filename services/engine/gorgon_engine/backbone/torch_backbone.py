@@ -20,7 +20,9 @@ class TorchBackbone:
 
     row_invariant = False
 
-    def __init__(self, weights: BackboneWeights, *, device: torch.device, dtype: torch.dtype, quantization: str) -> None:
+    def __init__(
+        self, weights: BackboneWeights, *, device: torch.device, dtype: torch.dtype, quantization: str
+    ) -> None:
         self._weights = weights
         self.config: BackboneConfig = weights.config
         self.device = device
@@ -32,9 +34,7 @@ class TorchBackbone:
         return self._weights.lm_head(hidden.to(self.dtype))
 
     @torch.inference_mode()
-    def forward(
-        self, inputs: ForwardInputs, cache: KVCache, *, logits_for: LogitsFor = LogitsFor.ALL
-    ) -> ForwardOutput:
+    def forward(self, inputs: ForwardInputs, cache: KVCache, *, logits_for: LogitsFor = LogitsFor.ALL) -> ForwardOutput:
         weights = self._weights
         x = weights.embedding[inputs.tokens]  # [B, N, C]
         cos, sin = weights.rope.cos_sin(inputs.positions, inputs.prompt_lengths[:, None])  # [B, N, D/2]

@@ -74,7 +74,7 @@ def match_lengths(history: Tensor, lengths: Tensor, max_match: int) -> Tensor:
 
     history: [B, S]; lengths: [B]. Zero at the end itself and behind it: there is nothing to copy.
     """
-    batch, num_positions = history.shape
+    num_positions = history.shape[1]
     back = torch.arange(max_match, device=history.device)
     last = (lengths - 1)[:, None]
     suffix = history.gather(1, (last - back).clamp(min=0))  # [B, m], newest first

@@ -1,8 +1,8 @@
 """The tree that one verification pass checks: merged candidates, flattened breadth-first.
 
-Flattening (Medusa, 2401.10774, section 2.1; the masks are SpecInfer's, 2305.09781): node 0 is the root, the token that
-the backbone itself gave; every other node is a guess below its parent. A node may see itself and its ancestors, which is
-one bit per ancestor in its row of 64-bit words.
+Flattening (Medusa, 2401.10774, section 2.1; the masks are SpecInfer's, 2305.09781): node 0 is the root, the token
+that the backbone itself gave; every other node is a guess below its parent. A node may see itself and its ancestors,
+which is one bit per ancestor in its row of 64-bit words.
 
 Letters: B sequences, M candidates (root not counted), N nodes (root counted), W words a node.
 """
