@@ -12,7 +12,7 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter, TokenType
 from gguf.quants import quantize
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from support.vocabularies import byte_level_bpe
 from torch import nn
 
 from gorgon_engine.models.catalog import CatalogModel
@@ -122,32 +122,14 @@ def edit() -> Callable[..., None]:
 CHAT_TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
 MEMBER = "tiny_bundle/tiny.gguf"
 LICENSE_MEMBER = "tiny_bundle-1.0.dist-info/LICENSE"
-_TEXT = ["the cat sat on the mat", "  12 cats and 3 dogs, 456 in all", "naïve café über 猫 🐈"] * 5
 _HIDDEN, _INTERMEDIATE, _LAYERS, _HEADS, _KV_HEADS = 64, 96, 2, 4, 2
-
-
-def _byte_level_bpe() -> Tokenizer:
-    tokenizer = Tokenizer(models.BPE())
-    # As SmolLM2 was trained: digits are split off first.
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=340,
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(_TEXT, trainer)
-    return tokenizer
 
 
 def _write_gguf(
     path: Path, *, architecture: str = "llama", kind: GGMLQuantizationType = GGMLQuantizationType.Q4_1, seed: int = 0
 ) -> dict[str, Any]:
     """Returns the tensors under their Hugging Face names, as they were before quantising."""
-    model = json.loads(_byte_level_bpe().to_str())["model"]
+    model = json.loads(byte_level_bpe().to_str())["model"]
     tokens = sorted(model["vocab"], key=model["vocab"].get)
     writer = GGUFWriter(path, architecture)
     writer.add_context_length(128)
@@ -279,11 +261,6 @@ def make_wheel(tmp_path: Path) -> Callable[..., tuple[CatalogModel, Path]]:
         return _make_wheel(folder, **options)
 
     return make
-
-
-@pytest.fixture
-def byte_level_bpe() -> Tokenizer:
-    return _byte_level_bpe()
 
 
 @pytest.fixture

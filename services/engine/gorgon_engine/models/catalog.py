@@ -109,7 +109,7 @@ def _from_hub(name: str) -> Path:
     except LocalEntryNotFoundError:
         pass  # not downloaded yet
     try:
-        return snapshot(local_files_only=False)
+        downloaded = snapshot(local_files_only=False)
     except GatedRepoError as error:
         raise ModelNotFoundError(
             f"{name}: the hub gives this model only to those who accepted its terms: log in with `hf auth login`"
@@ -121,6 +121,11 @@ def _from_hub(name: str) -> Path:
         raise ModelNotFoundError(
             f"{name}: no such folder here, and the Hugging Face hub cannot be reached ({summary})"
         ) from error
+    if not _is_complete(downloaded):  # offline, the hub's library is content with part of a model
+        raise ModelNotFoundError(
+            f"{name}: {downloaded} is incomplete: the hub cannot be reached, or has no safetensors and tokenizer of it"
+        )
+    return downloaded
 
 
 def _is_complete(folder: Path) -> bool:

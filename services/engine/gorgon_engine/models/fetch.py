@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -133,7 +134,9 @@ def _last_useful_line(errors: str) -> str:
     verdict = verdicts[-1] if verdicts else (lines[-1] if lines else "pip gave no reason")
     retries = [line for line in lines if "Retrying" in line and "connection broken by" in line]
     if retries:
-        reason = retries[-1].partition("connection broken by")[2].strip(" '\"")
+        reason = retries[-1].partition("connection broken by")[2]
+        # Without the Python objects around the words.
+        reason = re.split(r"['\"]\)", re.sub(r".*>: ", "", reason))[0].strip(" '\"")
         return f"the package index cannot be reached ({reason})"
     return verdict
 
