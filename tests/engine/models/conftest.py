@@ -12,10 +12,10 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter, TokenType
 from gguf.quants import quantize
-from support.vocabularies import byte_level_bpe
 from torch import nn
 
 from gorgon_engine.models.catalog import CatalogModel
+from support.vocabularies import byte_level_bpe
 
 SIZES: dict[str, Any] = {
     "hidden_size": 64,

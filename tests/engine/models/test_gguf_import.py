@@ -4,7 +4,6 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType
 from safetensors.torch import load_file
-from support.vocabularies import byte_level_bpe
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from gorgon_engine.models.catalog import CATALOG
@@ -12,6 +11,7 @@ from gorgon_engine.models.config import BackboneConfig
 from gorgon_engine.models.gguf_import import import_gguf
 from gorgon_engine.models.weights import WeightReader
 from gorgon_protocol.errors import ModelError
+from support.vocabularies import byte_level_bpe
 
 
 @pytest.fixture

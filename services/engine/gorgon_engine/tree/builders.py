@@ -146,7 +146,7 @@ def dynamic(tokens: Tensor, log_probs: Tensor, max_nodes: int, *, source: str = 
         tokens=tokens.flatten(1).gather(1, choice),
         parents=place.gather(1, torch.cat(above, dim=1).gather(1, order)),
         log_probs=best,
-        ranks=choice.remainder_(num_choices),
+        ranks=choice % num_choices,
         source=source,
     )
 

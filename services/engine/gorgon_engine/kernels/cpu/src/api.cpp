@@ -54,8 +54,9 @@ GORGON_API int gorgon_linear(const PackedMatrix* matrix, const float* x, int64_t
     static thread_local Buffer words, scales, sums;
     Pool& pool = Pool::instance();
     const int64_t stride = activation_words(matrix->in_features);
-    const Activations act{words.get<uint32_t>(rows * stride), stride, scales.get<float>(rows),
-                          sums.get<int32_t>(rows)};
+    const int64_t groups = activation_groups(matrix->in_features);
+    const Activations act{words.get<uint32_t>(rows * stride), stride, scales.get<float>(rows * groups),
+                          sums.get<int32_t>(rows * groups), groups};
     pool.run([&] {
       pool.for_each(rows, [&](int64_t row) {
         prepare_row(matrix->kind, x + row * matrix->in_features, matrix->in_features, act, row);

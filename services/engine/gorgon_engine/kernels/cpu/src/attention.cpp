@@ -61,6 +61,17 @@ void clear_partial(float* state, int64_t padded_dim) {
   state[0] = kMinusInfinity;
 }
 
+// function(length, first) over runs of at most Longest that cover [first, first + count); the length is a constant.
+template <int Longest, typename Function>
+void in_runs(int64_t first, int64_t count, Function&& function) {
+  for (; count >= Longest; count -= Longest, first += Longest)
+    function(std::integral_constant<int, Longest>{}, first);
+  unrolled<Longest>([&](auto length) {
+    if constexpr (length > 0)
+      if (length == count) function(length, first);
+  });
+}
+
 // The rows of one group against one kv head.
 template <typename Cache>
 class Item {
@@ -178,24 +189,13 @@ class Item {
   }
 
   void scores(int64_t query, int64_t count, int64_t block) {
-    const uint32_t* q = static_cast<const uint32_t*>(a_.queries);
-    // Queries of one row lie together; rows do not, because a row holds the heads of the other kv heads as well.
-    const auto word = [&](int64_t i) {
-      const int64_t head = (first_ + i / heads_) * a_.shape.num_heads + kv_head_ * heads_ + i % heads_;
-      return q + head * query_stride_;
-    };
-    while (count > 0) {
-      const int64_t in_row = heads_ - query % heads_;
-      const int64_t run = std::min<int64_t>({count, in_row, 4});
-      const uint32_t* from = word(query);
-      float* to = score(query, block);
-      if (run == 4) score_block<Cache, 4>(from, query_stride_, words_, s_.block.keys, to, kChunk);
-      else if (run == 3) score_block<Cache, 3>(from, query_stride_, words_, s_.block.keys, to, kChunk);
-      else if (run == 2) score_block<Cache, 2>(from, query_stride_, words_, s_.block.keys, to, kChunk);
-      else score_block<Cache, 1>(from, query_stride_, words_, s_.block.keys, to, kChunk);
-      query += run;
-      count -= run;
-    }
+    // The queries of one kv head lie together over all rows. Eight at a time hide the latency of their sums.
+    const int64_t first = (kv_head_ * a_.num_rows + first_) * heads_;
+    const uint32_t* queries = static_cast<const uint32_t*>(a_.queries) + first * query_stride_;
+    in_runs<8>(query, count, [&](auto run, int64_t q) {
+      score_block<Cache, run>(queries + q * query_stride_, query_stride_, words_, s_.block.keys, score(q, block),
+                              kChunk);
+    });
   }
 
   void softmax(int64_t query, int64_t begin, int64_t end) {
@@ -215,17 +215,9 @@ class Item {
   }
 
   void values(int64_t query, int64_t count, int64_t block) {
-    while (count > 0) {
-      const int64_t run = std::min<int64_t>(count, 4);
-      const uint32_t* from = weights(query) + block * Cache::kKeySteps;
-      float* to = sums(query) + 16;
-      if (run == 4) value_dims<4>(from, to);
-      else if (run == 3) value_dims<3>(from, to);
-      else if (run == 2) value_dims<2>(from, to);
-      else value_dims<1>(from, to);
-      query += run;
-      count -= run;
-    }
+    in_runs<4>(query, count, [&](auto run, int64_t q) {
+      value_dims<run>(weights(q) + block * Cache::kKeySteps, sums(q) + 16);
+    });
   }
 
   template <int Count>

@@ -58,10 +58,11 @@ struct AttentionArgs {
   AttentionShape shape;
   LayerCache cache;
   RowKeys keys;
-  int64_t window;        // 0: none
-  const void* queries;   // [rows, num_heads, padded_dim], scaled; bf16 if the cache is, else fp32
-  float* partials;       // [rows, num_heads, num_chunks, partial_stride] if split_chunks
-  float* out;            // [rows, num_heads, head_dim]
+  int64_t num_rows;
+  int64_t window;       // 0: none
+  const void* queries;  // [num_kv_heads, rows, heads of a kv head, padded_dim], scaled; bf16 if the cache is, else fp32
+  float* partials;      // [rows, num_heads, num_chunks, partial_stride] if split_chunks
+  float* out;           // [rows, num_heads, head_dim]
 };
 
 // Inside Pool::run(). With split_chunks the rows are complete only after attention_merge_row().

@@ -40,7 +40,7 @@ struct Model::Workspace {
   float* normed;    // [rows, C]
   float* wide;      // [rows, qkv_width] or [kMlpRows, 2 I]
   float* attended;  // [rows, H D]
-  char* queries;    // [rows, H, padded_dim], bf16 or fp32
+  char* queries;    // [G, rows, H / G, padded_dim], bf16 or fp32
   float* partials;
   Activations act;
   RowKeys keys;
@@ -85,8 +85,9 @@ void Model::prepare(const ForwardArgs& args, Pool& pool, Workspace& w) {
   w.act.stride = activation_words(widest);
   const int64_t act_rows = std::max(rows, args.num_logits);
   w.act.words = words_.get<uint32_t>(act_rows * w.act.stride);
-  w.act.scales = scales_.get<float>(act_rows);
-  w.act.sums = sums_.get<int32_t>(act_rows);
+  w.act.groups = activation_groups(widest);
+  w.act.scales = scales_.get<float>(act_rows * w.act.groups);
+  w.act.sums = sums_.get<int32_t>(act_rows * w.act.groups);
   std::memcpy(w.hidden, args.embeddings, rows * config_.hidden_size * sizeof(float));
 
   const int64_t tree_stride = 64 * args.num_words;
@@ -109,6 +110,7 @@ void Model::prepare(const ForwardArgs& args, Pool& pool, Workspace& w) {
 void Model::write_row(const ForwardArgs& args, const Workspace& w, int64_t index, int64_t row) const {
   const LayerWeights& layer = layers_[index];
   const int64_t dim = shape_.head_dim, kv_heads = shape_.num_kv_heads;
+  const int64_t group = shape_.num_heads / kv_heads;
   const bool bf16 = args.cache_is_bf16;
   const float* cos = args.cos + row * (dim / 2);
   const float* sin = args.sin + row * (dim / 2);
@@ -117,7 +119,8 @@ void Model::write_row(const ForwardArgs& args, const Workspace& w, int64_t index
   for (int64_t head = 0; head < shape_.num_heads; ++head, x += dim) {
     if (layer.q_norm) rms_norm(x, layer.q_norm, dim, config_.rms_norm_eps, x);
     rotate(x, cos, sin, dim);
-    const int64_t offset = (row * shape_.num_heads + head) * shape_.padded_dim;
+    const int64_t offset =
+        ((head / group * args.num_rows + row) * group + head % group) * shape_.padded_dim;
     store_scaled(x, scale, dim, bf16, w.queries + offset * element_bytes(bf16));
   }
   const int64_t slot = index * args.num_slots + args.slots[row];
@@ -150,6 +153,7 @@ void Model::attention_block(const ForwardArgs& args, Pool& pool, const Workspace
                               static_cast<char*>(args.values) + index * layer_bytes, args.cache_is_bf16 != 0,
                               args.num_slots, args.num_positions},
                              w.keys,
+                             rows,
                              layer.sliding_window,
                              w.queries,
                              w.partials,

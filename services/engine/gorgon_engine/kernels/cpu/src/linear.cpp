@@ -13,8 +13,9 @@ constexpr int64_t kRowChunk = 192;
 struct Tile {
   const uint32_t* act;
   int64_t act_stride;
-  const float* row_scales;
-  const int32_t* row_sums;
+  const float* group_scales;
+  const int32_t* group_sums;
+  int64_t groups;
   const uint32_t* weights;
   const char* prefetch;  // this tile's part of the panel that comes next, and the bytes of it to fetch a step
   int64_t prefetch_bytes;
@@ -27,12 +28,9 @@ struct Tile {
   bool accumulate;
 };
 
-// acc by value: a reference would make its address escape and push every accumulator of the loop to the stack.
-template <typename Op>
-void finish(const Tile& t, typename Op::Acc acc, int row, int64_t channel) {
+void finish(const Tile& t, F16 y, int row, int64_t channel) {
   const int64_t width = std::min<int64_t>(t.channels - channel, kLanes);
   if (width <= 0) return;
-  F16 y = Op::finish(acc, t.row_sums[row], t.row_scales[row], t.channel_scales + channel);
   if (t.bias) y = y + load(t.bias + channel);
   float* out = t.out + row * t.out_stride + channel;
   if (t.accumulate) y = load_n(out, static_cast<int>(width)) + y;
@@ -41,8 +39,10 @@ void finish(const Tile& t, typename Op::Acc acc, int row, int64_t channel) {
 
 template <typename Op, int Rows, int Vectors>
 void multiply(const Tile& t, int first_vector) {
+  constexpr bool grouped = std::is_same_v<Op, Int8Op>;
   typename Op::Acc acc[Rows][Vectors];
-  unrolled<Rows>([&](auto r) { unrolled<Vectors>([&](auto v) { acc[r][v] = Op::zero(); }); });
+  // Sums over the groups: in memory, since they are touched once in 16 steps and the registers are full of acc.
+  alignas(64) float sums[Rows][Vectors][kLanes] = {};
 
   // One base pointer for four rows: the x86 addressing modes reach the other three, so twelve rows fit the registers.
   const uint32_t* base[(Rows + 3) / 4];
@@ -51,18 +51,40 @@ void multiply(const Tile& t, int first_vector) {
   const uint32_t* w = t.weights + first_vector * kLanes;
   const char* prefetch = t.prefetch;
   const int64_t advance = t.prefetch_bytes, second = advance / 2;
-  for (int64_t s = 0; s < t.steps; ++s, w += 2 * kLanes, prefetch += advance) {
-    __builtin_prefetch(prefetch, 0, 2);
-    __builtin_prefetch(prefetch + second, 0, 2);
-    typename Op::Weight weight[Vectors];
-    unrolled<Vectors>([&](auto v) { weight[v] = Op::weight(w + v * kLanes); });
+  const int64_t group_steps = grouped ? kGroup / 4 : t.steps;
+  for (int64_t start = 0, group = 0; start < t.steps; start += group_steps, ++group) {
+    const int64_t end = std::min(start + group_steps, t.steps);
     unrolled<Rows>([&](auto r) {
-      const typename Op::Act a = Op::act(base[r / 4] + (r % 4) * stride + s);
-      unrolled<Vectors>([&](auto v) { Op::step(acc[r][v], weight[v], a); });
+      const typename Op::Acc fresh = Op::start(grouped ? t.group_sums[r * t.groups + group] : 0);
+      unrolled<Vectors>([&](auto v) { acc[r][v] = fresh; });
     });
+    for (int64_t s = start; s < end; ++s, w += 2 * kLanes, prefetch += advance) {
+      __builtin_prefetch(prefetch, 0, 2);
+      __builtin_prefetch(prefetch + second, 0, 2);
+      typename Op::Weight weight[Vectors];
+      unrolled<Vectors>([&](auto v) { weight[v] = Op::weight(w + v * kLanes); });
+      unrolled<Rows>([&](auto r) {
+        const typename Op::Act a = Op::act(base[r / 4] + (r % 4) * stride + s);
+        unrolled<Vectors>([&](auto v) { Op::step(acc[r][v], weight[v], a); });
+      });
+    }
+    if constexpr (grouped) {
+      unrolled<Rows>([&](auto r) {
+        const int64_t at = r * t.groups + group;
+        const F16 scale = set1(t.group_scales[at]);
+        unrolled<Vectors>([&](auto v) {
+          float* sum = sums[r][v];
+          store(sum, fma(Op::to_float(acc[r][v], t.group_sums[at]), scale, load(sum)));
+        });
+      });
+    }
   }
   unrolled<Rows>([&](auto r) {
-    unrolled<Vectors>([&](auto v) { finish<Op>(t, acc[r][v], r, (first_vector + v) * kLanes); });
+    unrolled<Vectors>([&](auto v) {
+      const int64_t channel = (first_vector + v) * kLanes;
+      if constexpr (grouped) finish(t, load(sums[r][v]) * load(t.channel_scales + channel), r, channel);
+      else finish(t, acc[r][v], r, channel);
+    });
   });
 }
 
@@ -90,8 +112,9 @@ void panel_rows(const PackedMatrix& m, const Activations& act, int64_t row, int6
     const char* next = reinterpret_cast<const char*>(weights + steps_of(m) * kPanel);
     const Tile tile{act.words + first * act.stride,
                     act.stride,
-                    act.scales + first,
-                    act.sums + first,
+                    act.scales + first * act.groups,
+                    act.sums + first * act.groups,
+                    act.groups,
                     weights,
                     next + block * steps_of(m) * 128 / blocks / 64 * 64,
                     blocks == 1 ? 128 : 64,
@@ -124,17 +147,19 @@ void prepare_row(int32_t kind, const float* x, int64_t in_features, const Activa
     for (int64_t i = 0; i < n; i += kLanes)
       store_bf16(reinterpret_cast<uint16_t*>(words) + i, load_n(x + i, static_cast<int>(std::min<int64_t>(n - i, 16))));
   } else {
-    F16 largest = set1(0.0f);
-    for (int64_t i = 0; i < n; i += kLanes)
-      largest = max(largest, abs(load_n(x + i, static_cast<int>(std::min<int64_t>(n - i, 16)))));
-    const float absmax = reduce_max(largest);
-    const F16 inverse = set1(absmax > 0.0f ? 127.0f / absmax : 0.0f);
-    F16 sum = set1(0.0f);
-    for (int64_t i = 0; i < n; i += kLanes)
-      sum = sum + store_int8(reinterpret_cast<int8_t*>(words) + i,
-                             load_n(x + i, static_cast<int>(std::min<int64_t>(n - i, 16))) * inverse);
-    act.scales[row] = absmax / 127.0f;
-    act.sums[row] = static_cast<int32_t>(reduce_add(sum));  // integers below 2^24: exact
+    for (int64_t group = 0; group * kGroup < n; ++group) {
+      const int64_t first = group * kGroup, end = std::min(first + kGroup, n);
+      const auto values = [&](int64_t i) { return load_n(x + i, static_cast<int>(std::min<int64_t>(end - i, kLanes))); };
+      F16 largest = set1(0.0f);
+      for (int64_t i = first; i < end; i += kLanes) largest = max(largest, abs(values(i)));
+      const float absmax = reduce_max(largest);
+      const F16 inverse = set1(absmax > 0.0f ? 127.0f / absmax : 0.0f);
+      F16 sum = set1(0.0f);
+      for (int64_t i = first; i < end; i += kLanes)
+        sum = sum + store_int8(reinterpret_cast<int8_t*>(words) + i, values(i) * inverse);
+      act.scales[row * act.groups + group] = absmax / 127.0f;
+      act.sums[row * act.groups + group] = static_cast<int32_t>(reduce_add(sum));  // small integers: exact
+    }
   }
 }
 

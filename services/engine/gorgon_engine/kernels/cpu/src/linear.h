@@ -5,6 +5,7 @@
 // consecutive k. Channels and k are padded with zeros.
 //
 // Row-invariance: an output element owns one accumulator that takes the steps in ascending order, whatever the tile.
+// int8 sums are exact within a group; the groups' fp32 sums are added in ascending order.
 #pragma once
 
 #include <cstdint>
@@ -33,19 +34,25 @@ inline int64_t steps_of(const PackedMatrix& m) {
 }
 inline int64_t panels_of(const PackedMatrix& m) { return (m.out_features + kPanel - 1) / kPanel; }
 
-// Rows in the form the product reads: 32-bit words of one fp32, two bf16 or four int8, plus for int8 the row's scale
-// and sum (the weights' +128 is taken back as 128 * sum).
+// An int8 row has one scale for every 64 values: an outlier (they reach 54 in a model whose values are about 2) then
+// costs only its own group its precision. Measured on SmolLM2-135M: perplexity +0.5 % instead of +2.5 %.
+constexpr int64_t kGroup = 64;
+
+// Rows in the form the product reads: 32-bit words of one fp32, two bf16 or four int8, plus for int8 the scale and the
+// sum of each group (the weights' +128 is taken back as 128 * sum).
 struct Activations {
   uint32_t* words;
   int64_t stride;  // in words; at least activation_words(in_features)
-  float* scales;
-  int32_t* sums;
+  float* scales;   // [rows, groups]
+  int32_t* sums;   // [rows, groups]
+  int64_t groups;  // at least activation_groups(in_features)
 };
 
 // Whole vectors are written, so a row's buffer is as long as in_features rounded up to 16 fp32.
 inline int64_t activation_words(int64_t in_features) { return (in_features + 15) / 16 * 16; }
+inline int64_t activation_groups(int64_t in_features) { return (in_features + kGroup - 1) / kGroup; }
 
-// int8: scale = absmax / 127 over the row alone, values rounded to nearest even.
+// int8: scale = absmax / 127 over each group of the row alone, values rounded to nearest even.
 void prepare_row(int32_t kind, const float* x, int64_t in_features, const Activations& act, int64_t row);
 
 // The whole product, inside Pool::run(); returns on every thread when it is complete.

@@ -42,11 +42,10 @@ struct Fp32Op {
   using Acc = F16;
   using Weight = F16;
   using Act = F16;
-  static Acc zero() { return set1(0.0f); }
+  static Acc start(int32_t) { return set1(0.0f); }
   static Weight weight(const uint32_t* p) { return load(reinterpret_cast<const float*>(p)); }
   static Act act(const uint32_t* p) { return set1(word_as_float(*p)); }
   static void step(Acc& acc, Weight w, Act a) { acc = fma(w, a, acc); }
-  static F16 finish(Acc acc, int32_t, float, const float*) { return acc; }
 };
 
 #if defined(GORGON_AVX512) && defined(__AVX512BF16__)
@@ -55,11 +54,10 @@ struct Bf16Op {
   using Acc = F16;
   using Weight = __m512i;
   using Act = __m512i;
-  static Acc zero() { return set1(0.0f); }
+  static Acc start(int32_t) { return set1(0.0f); }
   static Weight weight(const uint32_t* p) { return _mm512_loadu_si512(p); }
   static Act act(const uint32_t* p) { return _mm512_set1_epi32(static_cast<int>(*p)); }
   static void step(Acc& acc, Weight w, Act a) { acc.v = _mm512_dpbf16_ps(acc.v, (__m512bh)w, (__m512bh)a); }
-  static F16 finish(Acc acc, int32_t, float, const float*) { return acc; }
 };
 #else
 struct Bf16Op {
@@ -70,7 +68,7 @@ struct Bf16Op {
   using Acc = F16;
   using Weight = Pair;
   using Act = Pair;
-  static Acc zero() { return set1(0.0f); }
+  static Acc start(int32_t) { return set1(0.0f); }
 #if defined(GORGON_AVX512)
   static Pair weight(const uint32_t* p) {
     const __m512i raw = _mm512_loadu_si512(p);
@@ -99,14 +97,11 @@ struct Bf16Op {
 #endif
   static Pair act(const uint32_t* p) { return {set1(word_as_float(*p << 16)), set1(word_as_float(*p & 0xffff0000u))}; }
   static void step(Acc& acc, const Pair& w, const Pair& a) { acc = fma(w.high, a.high, fma(w.low, a.low, acc)); }
-  static F16 finish(Acc acc, int32_t, float, const float*) { return acc; }
 };
 #endif
 
-// int8 sums are exact in int32, so only the last two products round: (float(sum) * row scale) * channel scale.
-inline F16 scale_int8(F16 sum, float row_scale, const float* channel_scales) {
-  return (sum * set1(row_scale)) * load(channel_scales);
-}
+// The int8 ops work on one group of activations at a time: start(sum), the steps, then to_float(acc, sum) is the exact
+// integer product. The weights' +128 is taken back as 128 * sum, at whichever end is cheaper.
 
 #if defined(GORGON_AVX512) && defined(__AVX512VNNI__)
 struct Int8Op {
@@ -114,14 +109,11 @@ struct Int8Op {
   using Acc = __m512i;
   using Weight = __m512i;
   using Act = __m512i;
-  static Acc zero() { return _mm512_setzero_si512(); }
+  static Acc start(int32_t sum) { return _mm512_set1_epi32(-128 * sum); }
   static Weight weight(const uint32_t* p) { return _mm512_loadu_si512(p); }
   static Act act(const uint32_t* p) { return _mm512_set1_epi32(static_cast<int>(*p)); }
   static void step(Acc& acc, Weight w, Act a) { acc = _mm512_dpbusd_epi32(acc, w, a); }
-  static F16 finish(Acc acc, int32_t sum, float row_scale, const float* channel_scales) {
-    const __m512i exact = _mm512_sub_epi32(acc, _mm512_set1_epi32(128 * sum));
-    return scale_int8({_mm512_cvtepi32_ps(exact)}, row_scale, channel_scales);
-  }
+  static F16 to_float(Acc acc, int32_t) { return {_mm512_cvtepi32_ps(acc)}; }
 };
 #elif defined(GORGON_AVX512) || defined(GORGON_AVX2)
 // Widened to int16 before the multiply: vpmaddubsw would be one instruction shorter but saturates.
@@ -136,7 +128,7 @@ struct Int8Op {
   };
   using Weight = Acc;
   using Act = __m256i;
-  static Acc zero() { return {{_mm256_setzero_si256(), _mm256_setzero_si256()}}; }
+  static Acc start(int32_t) { return {{_mm256_setzero_si256(), _mm256_setzero_si256()}}; }
   static Weight weight(const uint32_t* p) {
     return {{_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),
              _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 8))}};
@@ -151,7 +143,7 @@ struct Int8Op {
   using Acc = Four;
   using Weight = Four;
   using Act = __m256i;
-  static Acc zero() {
+  static Acc start(int32_t) {
     const __m256i z = _mm256_setzero_si256();
     return {{z, z, z, z}};
   }
@@ -170,14 +162,14 @@ struct Int8Op {
     return _mm256_permute4x64_epi64(_mm256_hadd_epi32(acc.v[2 * i], acc.v[2 * i + 1]), 0xd8);
   }
 #endif
-  static F16 finish(Acc acc, int32_t sum, float row_scale, const float* channel_scales) {
+  static F16 to_float(Acc acc, int32_t sum) {
     const __m256i offset = _mm256_set1_epi32(128 * sum);
     const __m256 low = _mm256_cvtepi32_ps(_mm256_sub_epi32(half(acc, 0), offset));
     const __m256 high = _mm256_cvtepi32_ps(_mm256_sub_epi32(half(acc, 1), offset));
 #if defined(GORGON_AVX512)
-    return scale_int8({_mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1)}, row_scale, channel_scales);
+    return {_mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1)};
 #else
-    return scale_int8({low, high}, row_scale, channel_scales);
+    return {low, high};
 #endif
   }
 };
@@ -191,7 +183,7 @@ struct Int8Op {
     int8_t v[4];
   };
   using Weight = const uint8_t*;
-  static Acc zero() { return {}; }
+  static Acc start(int32_t) { return {}; }
   static Weight weight(const uint32_t* p) { return reinterpret_cast<const uint8_t*>(p); }
   static Act act(const uint32_t* p) {
     Act out;
@@ -202,10 +194,10 @@ struct Int8Op {
     for (int i = 0; i < kLanes; ++i)
       for (int j = 0; j < 4; ++j) acc.v[i] += static_cast<int32_t>(w[4 * i + j]) * a.v[j];
   }
-  static F16 finish(Acc acc, int32_t sum, float row_scale, const float* channel_scales) {
+  static F16 to_float(Acc acc, int32_t sum) {
     F16 exact;
     for (int i = 0; i < kLanes; ++i) exact.v[i] = static_cast<float>(acc.v[i] - 128 * sum);
-    return scale_int8(exact, row_scale, channel_scales);
+    return exact;
   }
 };
 #endif
