@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gorgon_engine.sampling import SamplingBatch, SamplingParams, TokenCounts
+from gorgon_engine.transfer import to_device
 from gorgon_engine.tree.tree import MergedCandidates
 
 T = TypeVar("T", TokenCounts, MergedCandidates)
@@ -31,7 +32,7 @@ class RunningBatch:
 
     def select(self, rows: Sequence[int], params: list[SamplingParams]) -> "RunningBatch":
         """The given rows only, with their sampling parameters."""
-        index = torch.tensor(list(rows), dtype=torch.int64, device=self.slots.device)
+        index = to_device(rows, self.slots.device)
         return RunningBatch(
             slots=self.slots[index],
             prompt_lengths=self.prompt_lengths[index],

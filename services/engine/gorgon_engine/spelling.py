@@ -25,10 +25,10 @@ class Spelling:
         self._replacements: list[tuple[str, str]] = []
         self._is_byte_level = False
         self._has_byte_tokens = False
-        self._separator = b"" if decoder else b" "  # without a decoder, tokens are words
-        self._first_token_drops = ""
-        self._leading_character = b""
-        self._max_leading = 0
+        self.separator = b"" if decoder else b" "  # before a token; without a decoder, tokens are words
+        self.first_token_drops = ""  # a character
+        self.leading_character = b""  # what a text may lose at its beginning, up to `max_leading` times
+        self.max_leading = 0
         is_fused = False
         for step in _steps(decoder):
             is_fused = self._add(step, is_fused)
@@ -44,7 +44,7 @@ class Spelling:
             token = token.replace(old, new)
         if self._has_byte_tokens and (match := _BYTE_TOKEN.fullmatch(token)):
             return bytes([int(match[1], 16)])
-        return self._separator + token.encode()
+        return self.separator + token.encode()
 
     def _add(self, step: Mapping[str, Any], is_fused: bool) -> bool:
         """Take up one step of the chain; returns whether tokens are joined from here on."""
@@ -56,7 +56,7 @@ class Spelling:
             case {"type": "Metaspace", "replacement": str(old)} if not is_fused:
                 self._replacements.append((old, " "))
                 if step.get("prepend_scheme", "always") != "never":
-                    self._first_token_drops = old
+                    self.first_token_drops = old
             case {"type": "ByteFallback"}:
                 self._has_byte_tokens = True
             case {"type": "Fuse"}:
@@ -64,7 +64,7 @@ class Spelling:
             case {"type": "Strip", "content": str(content), "start": int(start), "stop": 0} if (
                 is_fused and len(content.encode()) == 1
             ):
-                self._leading_character, self._max_leading = content.encode(), start
+                self.leading_character, self.max_leading = content.encode(), start
             case _:
                 raise ModelError(f"the tokenizer's decoder {json.dumps(step, ensure_ascii=False)} is not supported")
         return is_fused
@@ -76,20 +76,20 @@ class TextStart:
     def __init__(self, spelling: Spelling) -> None:
         self._spelling = spelling
         self._is_first = True
-        self._num_leading = spelling._max_leading
+        self._num_leading = spelling.max_leading
 
     def spell(self, token: str) -> bytes:
         """`Spelling.spell` of the next token of the text."""
         spelling = self._spelling
         if self._is_first:
             self._is_first = False
-            if spelling._first_token_drops:
-                token = token.replace(spelling._first_token_drops, "")
-            piece = spelling.spell(token).removeprefix(spelling._separator)
+            if spelling.first_token_drops:
+                token = token.replace(spelling.first_token_drops, "")
+            piece = spelling.spell(token).removeprefix(spelling.separator)
         else:
             piece = spelling.spell(token)
         while self._num_leading and piece:
-            if not piece.startswith(spelling._leading_character):
+            if not piece.startswith(spelling.leading_character):
                 self._num_leading = 0
                 break
             piece = piece[1:]

@@ -19,8 +19,8 @@ from gorgon_engine.batch import RunningBatch
 from gorgon_engine.drafters.base import DraftContext, Drafter
 from gorgon_engine.kv_cache import KVCache
 from gorgon_engine.logprobs import TokenLogprobs, gather_logprobs, token_logprobs
-from gorgon_engine.readback import read_back
 from gorgon_engine.sampling import SamplingBatch, TokenCounts, process_logits, sample
+from gorgon_engine.transfer import read_back, to_device
 from gorgon_engine.tree.tree import TreeBatch, flatten, merge_candidates
 
 # The part of the cache and of the history that a step looks at is rounded up to this many positions, so that a GPU
@@ -106,7 +106,7 @@ class SpeculativeStep:
         sequences' committed lengths.
         """
         clock = _Clock(batch.slots.device)
-        rows = torch.tensor(num_nodes, dtype=torch.int64, device=batch.slots.device)
+        rows = to_device(num_nodes, batch.slots.device)
         tree = flatten(batch.root_tokens, batch.candidates, rows, max(num_nodes))
         verified = self.verify(batch, tree, max_length)
         verify_seconds = clock.lap()

