@@ -152,25 +152,41 @@ def _write_weights(path: Path, tensors: Mapping[str, Tensor]) -> None:
     shutil.copymode(path.with_name("config.json"), path)  # safetensors makes it readable to its owner only
 
 
-def _write_tokenizer(path: Path, metadata: Mapping[str, Any], folder: Path) -> None:
-    from tokenizers import pre_tokenizers
-    from transformers import AutoTokenizer
+# GGUF's token types: control tokens are the marks of a model's format.
+_CONTROL_TOKEN = 3
 
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
-    backend = tokenizer.backend_tokenizer
+
+def _write_tokenizer(path: Path, metadata: Mapping[str, Any], folder: Path) -> None:
+    """The byte-level BPE of the file, built from its lists: transformers' own conversion differs between its versions,
+    and leaves out that the smollm family splits every digit off before anything else."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    if metadata.get("tokenizer.ggml.model") != "gpt2":
+        raise ModelError(f"{path}: tokenizer {metadata.get('tokenizer.ggml.model')!r} is not supported: only gpt2 (BPE)")
+    tokens = metadata["tokenizer.ggml.tokens"]
+    merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]
+    backend = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     if metadata.get("tokenizer.ggml.pre") == "smollm":
-        # transformers' conversion leaves out that this family splits every digit off before anything else, which shows
-        # where several spaces stand before a number.
-        backend.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-        )
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        backend.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
+    else:
+        backend.pre_tokenizer = byte_level
+    backend.decoder = decoders.ByteLevel()
+    types = metadata.get("tokenizer.ggml.token_type", [])
+    control = [token for token, kind in zip(tokens, types, strict=False) if kind == _CONTROL_TOKEN]
+    backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in control])
     (folder / "tokenizer.json").write_text(backend.to_str(pretty=True), encoding="utf-8")
-    special = {name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+    special = {
+        f"{name}_token": tokens[metadata[f"tokenizer.ggml.{key}_token_id"]]
+        for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown"))
+        if f"tokenizer.ggml.{key}_token_id" in metadata
+    }
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
         "model_max_length": int(metadata["llama.context_length"]),
-        **{name: token for name, token in special.items() if token is not None},
+        **special,
     }
     _write_json(folder / "tokenizer_config.json", settings)
     if template := metadata.get("tokenizer.chat_template"):
