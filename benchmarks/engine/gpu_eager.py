@@ -21,8 +21,9 @@ from gorgon_engine.backbone.select import BackboneOptions
 from gorgon_engine.engine import Engine, EngineConfig
 from gorgon_engine.events import FinishedEvent, TokenEvent
 from gorgon_engine.models.loading import Quantization
+from gorgon_engine.random import gumbel_noise
 from gorgon_engine.sampling import SamplingParams
-from gorgon_engine.sequence import SpeculationParams
+from gorgon_engine.sequence import Request, SpeculationParams
 
 PROMPTS = Path(__file__).parents[1] / "data" / "mt_bench.jsonl"
 
@@ -52,7 +53,7 @@ def main() -> None:
 
 def measure(engine: Engine, questions: list[str], tokens: int, temperature: float) -> None:
     rates: dict[bool, list[float]] = {False: [], True: []}
-    lengths, identical = [], 0
+    lengths, identical, margins = [], 0, []
     for question in questions:
         outputs = {}
         for speculate in (False, True):
@@ -68,12 +69,37 @@ def measure(engine: Engine, questions: list[str], tokens: int, temperature: floa
             rates[speculate].append(end.tokens_per_second or 0.0)
             if speculate:
                 lengths.append(end.metrics.mean_acceptance_length)
-        identical += outputs[False] == outputs[True]
+        if outputs[False] == outputs[True]:
+            identical += 1
+        else:
+            margins.append(margin_at_divergence(engine, request, outputs[False], outputs[True]))
     plain, speculative = statistics.median(rates[False]), statistics.median(rates[True])
     print(
         f"T={temperature}: plain {plain:.1f} tokens/s, lookup {speculative:.1f} ({speculative / plain:.2f}x), "
         f"{statistics.mean(lengths):.2f} tokens/step, identical {identical} of {len(questions)}"
     )
+    for place, margin in margins:
+        print(f"  differs at token {place}: the two tokens lie {margin:.4f} apart in (perturbed) logits")
+
+
+def margin_at_divergence(engine: Engine, request: Request, plain: list[int], other: list[int]) -> tuple[int, float]:
+    """Where two outputs part, and how far apart the two tokens are there: in logits over the temperature, with the
+    random number's noise, recomputed by one prefill of the common text."""
+    place = next(i for i, (a, b) in enumerate(zip(plain, other, strict=False)) if a != b)
+    tokens = [*request.prompt, *plain[:place]]
+    again = engine.request(tokens, SamplingParams(max_tokens=1, logprobs=20))
+    event = next(e for e in engine.generate(again) if isinstance(e, TokenEvent))
+    assert event.logprobs is not None
+    logprobs = dict(event.logprobs[0].top)
+    sampling = request.sampling
+    values = []
+    for token in (plain[place], other[place]):
+        value = logprobs.get(token, float("-inf")) / (sampling.temperature or 1.0)
+        if sampling.temperature:
+            seed, position = torch.tensor(sampling.seed), torch.tensor(len(tokens))
+            value += float(gumbel_noise(seed, position, engine.backbone.config.vocab_size)[token])
+        values.append(value)
+    return place, abs(values[0] - values[1])
 
 
 def count_synchronisations(engine: Engine, question: str) -> None:

@@ -67,9 +67,7 @@ def test_speculation_never_changes_the_tokens(fp32: Engine, name: str) -> None:
     vocab_size = fp32.backbone.config.vocab_size
     prompts = [chat(question) for question in QUESTIONS[::10]]
     plain = [run(fp32, fp32.request(p, SAMPLINGS[name], PLAIN))[0] for p in prompts]
-    futures = {
-        fp32.request(p).prompt: tokens for p, tokens in zip(prompts, plain, strict=True)
-    }
+    futures = {fp32.request(p).prompt: tokens for p, tokens in zip(prompts, plain, strict=True)}
     oracle = OracleDrafter(futures)
     for max_nodes, drafters in (
         (1, [NgramDrafter()]),

@@ -71,9 +71,7 @@ def prefill(step: SpeculativeStep, prompt: list[int], sampling: SamplingParams, 
         counts.in_prompt[0, prompt] = True
     rows = SamplingBatch.of([sampling], vocab_size=VOCAB, device=CPU)
     wanted = Wanted(draft=bool(step.drafters))
-    return step.prefill(
-        step.cache.acquire(), prompt, rows, counts, chunk_size=chunk, wanted=wanted, check=lambda: None
-    )
+    return step.prefill(step.cache.acquire(), prompt, rows, counts, chunk_size=chunk, wanted=wanted, check=lambda: None)
 
 
 def decode(
@@ -203,9 +201,7 @@ def test_a_sequence_that_leaves_does_not_disturb_the_others(fp32: Backbone) -> N
         if turn == 4:
             batch, rows = batch.select([0, 2], params[:2]), [0, 2]
         length = max(len(prompts[r]) + len(tokens[r]) - 1 for r in rows)
-        result = step.run(
-            batch, [8] * len(rows), max_length=length, rule=AcceptanceRule.LOSSLESS, wanted=Wanted()
-        )
+        result = step.run(batch, [8] * len(rows), max_length=length, rule=AcceptanceRule.LOSSLESS, wanted=Wanted())
         batch = result.batch
         for row, emitted in zip(rows, result.tokens, strict=True):
             tokens[row] += emitted

@@ -30,10 +30,15 @@ class NgramDrafter:
 
     name = "lookup"
 
-    def __init__(self, *, max_match: int = 8, num_chains: int = 4, depth: int = 12) -> None:
+    def __init__(
+        self, *, max_match: int = 8, num_chains: int = 4, depth: int = 12, device: torch.device | None = None
+    ) -> None:
         self.max_match = max_match
         self.num_chains = num_chains
         self.depth = depth
+        # Made once: a constant made during a step would be a synchronising copy on a GPU.
+        self._classes = torch.tensor(_MATCH_CLASSES, device=device)
+        self._log_confidence = torch.tensor(_CONFIDENCE, device=device).log()
 
     def propose(self, context: DraftContext, max_nodes: int) -> CandidateTree:
         history, lengths = context.history, context.history_lengths
@@ -52,10 +57,8 @@ class NgramDrafter:
         known = (source < lengths[:, None, None]) & (match > 0)[:, :, None]
         source = source.clamp(max=num_positions - 1).flatten(1)
         tokens = history.gather(1, source)  # [B, A * D]
-        classes = torch.tensor(_MATCH_CLASSES, device=device)
-        row = (torch.searchsorted(classes, match, right=True) - 1).clamp(min=0)
-        table = torch.tensor(_CONFIDENCE, device=device).log()
-        first, later = table[row].unbind(dim=2)  # [B, A]
+        row = (torch.searchsorted(self._classes, match, right=True) - 1).clamp(min=0)
+        first, later = self._log_confidence[row].unbind(dim=2)  # [B, A]
         log_probs = first[:, :, None] + later[:, :, None] * (step - 1)
         log_probs = log_probs.masked_fill(~known, -torch.inf)
         index = torch.arange(chains * depth, device=device).expand(batch, -1)

@@ -30,5 +30,5 @@ def make_drafters(
         raise BadRequestError(f"drafter {kind} needs trained heads: give their folder with --heads")
     drafters: list[Drafter] = []
     if kind in (DrafterKind.NGRAM, DrafterKind.BOTH):
-        drafters.append(NgramDrafter())
+        drafters.append(NgramDrafter(device=backbone.device))
     return drafters, []

@@ -162,7 +162,9 @@ def _write_tokenizer(path: Path, metadata: Mapping[str, Any], folder: Path) -> N
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     if metadata.get("tokenizer.ggml.model") != "gpt2":
-        raise ModelError(f"{path}: tokenizer {metadata.get('tokenizer.ggml.model')!r} is not supported: only gpt2 (BPE)")
+        raise ModelError(
+            f"{path}: tokenizer {metadata.get('tokenizer.ggml.model')!r} is not supported: only gpt2 (BPE)"
+        )
     tokens = metadata["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]
     backend = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
