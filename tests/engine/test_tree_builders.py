@@ -119,6 +119,8 @@ def test_static_sparse_is_the_given_topology(drawn: Choices, max_nodes: int, dat
     assert rank_paths(tree, 0) == chosen
     kept = Topology.of(chosen, tokens.device)
     assert same(tree, kept.place(tokens, log_probs))
+    fewer = data.draw(st.integers(1, len(chosen)))
+    assert same(static_sparse(tokens, log_probs, chosen[:fewer]), kept.place(tokens, log_probs, max_nodes=fewer))
     for row in range(tokens.shape[0]):
         single = kept.place(tokens[row : row + 1], log_probs[row : row + 1])
         assert torch.equal(single.log_probs[0], tree.log_probs[row])

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from tqdm import tqdm
 
 from gorgon_cli import terminal
 from gorgon_cli.generate import decode_utf8
@@ -47,10 +48,8 @@ def bench_engine(
     questions = _read_prompts(prompts)[:limit]
     engine = load_engine(engine_arguments)
     pairs = []
-    with click.progressbar(length=len(questions), label="prompts", file=click.get_text_stream("stderr")) as bar:
-        for number, question in enumerate(questions):
-            pairs.append(_run_pair(engine, question, sampling, speculation, plain_first=number % 2 == 0))
-            bar.update(1)
+    for number, question in enumerate(tqdm(questions, desc="prompts", disable=None, leave=False)):
+        pairs.append(_run_pair(engine, question, sampling, speculation, plain_first=number % 2 == 0))
     report = _report(engine, pairs)
     click.echo(json.dumps(report) if as_json else _table(report))
     return 0

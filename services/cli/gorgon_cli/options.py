@@ -147,6 +147,16 @@ def speculation_options(command: F) -> F:
 
 def load_engine(arguments: EngineArguments, *, num_slots: int = 1) -> Engine:
     """The engine, with its notices on standard error."""
+    import torch
+    from transformers.utils import logging
+
+    # Only our own words reach the user: no progress bars and hints of the libraries below.
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if (arguments.device or "cpu") == "cpu" and not torch.cuda.is_available():
+        # The native kernels have threads of their own; what is left to torch is too small to share, and its waiting
+        # threads would take the kernels' cores.
+        torch.set_num_threads(1)
     engine = Engine.load(arguments.config(num_slots=num_slots))
     for notice in engine.notices:
         click.echo(f"gorgon: {notice}", err=True)

@@ -52,8 +52,14 @@ class RunningBatch:
             hidden=torch.cat([self.hidden, other.hidden]),
             sampling=self._sampling(params),
             counts=_concatenate(self.counts, other.counts),
-            candidates=_concatenate(self.candidates, other.candidates),
+            candidates=self._joined_candidates(other),
         )
+
+    def _joined_candidates(self, other: "RunningBatch") -> MergedCandidates | None:
+        # A side that drafted nothing has no candidates at all: the joined batch then takes one plain step.
+        if self.candidates is None or other.candidates is None:
+            return None
+        return _concatenate(self.candidates, other.candidates)
 
     def _sampling(self, params: list[SamplingParams]) -> SamplingBatch:
         return SamplingBatch.of(params, vocab_size=self.sampling.vocab_size, device=self.slots.device)

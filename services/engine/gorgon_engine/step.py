@@ -217,6 +217,9 @@ class SpeculativeStep:
             seeds=batch.sampling.seeds,
         )
         forests = [drafter.propose(context, self.max_nodes - 1) for drafter in self.drafters]
+        # On a CPU a look at the guesses costs nothing: where there are none, the next step is a plain one at no cost.
+        if batch.slots.device.type == "cpu" and not any(bool((f.log_probs > -torch.inf).any()) for f in forests):
+            return replace(batch, candidates=None)
         candidates = merge_candidates(forests, max_nodes=self.max_nodes, max_depth=self.max_depth)
         return replace(batch, candidates=candidates)
 

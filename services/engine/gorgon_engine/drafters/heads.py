@@ -1,9 +1,10 @@
 """Drafting with trained heads: one small pass over the hidden state that predicted the root.
 
-Letters: B sequences, K depths (one head each), M choices a depth, C hidden size, V vocabulary.
+Letters: B sequences, K depths (one head each), M choices a depth, N nodes (the root not counted), V vocabulary.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -15,16 +16,11 @@ from gorgon_engine.tree.builders import RankPath, Topology, dynamic
 from gorgon_engine.tree.candidates import CandidateTree
 from gorgon_protocol.errors import BadRequestError
 
-_NUM_CHOICES = 10  # of each head that a dynamic tree picks from
+_NUM_CHOICES = 10  # of each head, for a dynamic tree to pick from
 
 
 class HeadsDrafter:
-    """A tree of the heads' choices: of this step's likeliest paths, or of a fixed topology.
-
-    With `draw` the children of a node are drawn from the head's distribution, without replacement, instead of being
-    its likeliest tokens: what Leviathan's rule asks for (`AcceptanceRule.REJECTION`). The topology must then be fixed:
-    a choice of nodes that looked at the drawn tokens would bias the rule.
-    """
+    """A tree of the heads' likeliest tokens: this step's likeliest paths, or a fixed topology."""
 
     name = "head"
 
@@ -35,40 +31,97 @@ class HeadsDrafter:
         *,
         paths: Sequence[RankPath] | None = None,
         num_choices: int = _NUM_CHOICES,
-        draw: bool = False,
     ) -> None:
-        """heads: depth d of the tree is guessed by head d - 1. project: the backbone's, for heads that share it.
+        """heads: head d - 1 guesses depth d of the tree. project: the backbone's, for heads that share it.
 
         paths: the rank paths of a fixed topology, parents first, best first; None = dynamic. Raises
-        `BadRequestError` for paths that are no tree or deeper than there are heads, and for dynamic drawing.
+        `BadRequestError` for paths that are no tree or deeper than there are heads.
         """
-        if draw and paths is None:
-            raise BadRequestError("drawn drafts need a fixed tree (sparse or cartesian): a dynamic one would bias them")
         self._heads = heads
         self._project = project
-        self._draw = draw
         self._num_choices = num_choices
-        self._topology: Topology | None = None
-        if paths is not None:
-            device = heads.weight.device
-            ordered = _siblings_in_order(paths) if draw else list(paths)
-            self._topology = Topology.of(ordered, device)
-            if self._topology.max_depth > heads.num_heads:
-                raise BadRequestError(
-                    f"the tree is {self._topology.max_depth} deep: the heads guess {heads.num_heads} tokens ahead"
-                )
-            self._num_choices = self._topology.num_ranks
-            # Only the order matters, and it must be that of the list whatever was drawn.
-            self._place_log_probs = -torch.arange(1, len(ordered) + 1, device=device).log()
+        self._topology = None if paths is None else _topology(paths, heads)
 
     @torch.inference_mode()
     def propose(self, context: DraftContext, max_nodes: int) -> CandidateTree:
-        logits = self._heads(context.hidden, self._project).float()  # [B, K, V]
-        if self._draw:
-            return self._drawn(logits, context, max_nodes)
-        # Ranked by logit: two logits may round to one log-probability, never the other way round.
-        top, tokens = logits.topk(min(self._num_choices, logits.shape[2]), dim=2)  # [B, K, M]
-        log_probs = top - logits.logsumexp(dim=2, keepdim=True)
+        logits = self._heads(context.hidden, self._project)  # [B, K, V]
+        log_probs = torch.log_softmax(logits.float(), dim=2)
         if self._topology is None:
-            return dynamic(tokens, log_probs, max_nodes, source=self.name)
-        return self._topology.place(tokens, log_probs, source=self.name)
+            best, tokens = log_probs.topk(min(self._num_choices, log_probs.shape[2]), dim=2)  # [B, K, M]
+            return dynamic(tokens, best, max_nodes, source=self.name)
+        best, tokens = log_probs.topk(self._topology.num_ranks, dim=2)
+        return self._topology.place(tokens, best, max_nodes=max_nodes, source=self.name)
+
+
+class DrawnHeadsDrafter:
+    """A fixed topology whose children are *drawn* from the heads' distributions, without replacement: the drafts that
+    Leviathan's rule (`AcceptanceRule.REJECTION`) is for. Under target sampling they are exact too, only worse.
+
+    Which nodes are verified must not depend on the tokens drawn, else the rule is biased: so the topology is fixed, and
+    the log-probabilities, by which trees are cut, are functions of the node's place alone. All nodes of a depth share
+    one draw, which the rule allows: a walk visits one of them.
+    """
+
+    name = "head"
+
+    def __init__(
+        self,
+        heads: MedusaHeads,
+        project: Projection,
+        *,
+        paths: Sequence[RankPath],
+        accuracies: Sequence[Sequence[float]] | None = None,
+    ) -> None:
+        """paths: as for `HeadsDrafter`, and every sibling behind the one of the rank before. accuracies: [K][M], how
+        often each rank is right, to estimate path probabilities with; None = halving with every rank.
+
+        Raises `BadRequestError` for paths that are no such tree or deeper than there are heads.
+        """
+        listed: set[RankPath] = set()
+        for path in paths:
+            if path and path[-1] > 0 and (*path[:-1], path[-1] - 1) not in listed:
+                raise BadRequestError(f"drawn drafts: tree path {list(path)} comes before its sibling of lower rank")
+            listed.add(tuple(path))
+        self._heads = heads
+        self._project = project
+        self._topology = _topology(paths, heads)
+        estimates = torch.tensor([_estimate(path, accuracies) for path in paths], device=heads.weight.device)
+        # In the order of the list, whatever the estimates: a cut then leaves a prefix of it.
+        self._log_probs = estimates.log().cummin(dim=0).values  # [N]
+
+    @torch.inference_mode()
+    def propose(self, context: DraftContext, max_nodes: int) -> CandidateTree:
+        probs = torch.softmax(self._heads(context.hidden, self._project).float(), dim=2)  # [B, K, V]
+        depths = torch.arange(1, probs.shape[1] + 1, device=probs.device)
+        positions = context.history_lengths[:, None] + depths - 1  # [B, K], of the guessed tokens
+        noise = gumbel_noise(context.seeds[:, None], positions, probs.shape[2], Stream.DRAFT)
+        # The first M of a Gumbel race are M draws without replacement, in order (Kool et al., 1903.06059).
+        keys, tokens = (probs.log() + noise).topk(self._topology.num_ranks, dim=2)  # [B, K, M]
+        # A distribution of fewer tokens than that runs out: no draw, no node.
+        drawn = torch.zeros_like(keys).masked_fill(keys == -torch.inf, -torch.inf)
+        tree = self._topology.place(tokens, drawn, max_nodes=max_nodes, source=self.name)
+        levels = self._topology.levels[:max_nodes]
+        return replace(
+            tree,
+            log_probs=tree.log_probs + self._log_probs[:max_nodes],
+            draft_probs=probs,
+            draft_rows=levels.expand_as(tree.tokens),
+        )
+
+
+def _topology(paths: Sequence[RankPath], heads: MedusaHeads) -> Topology:
+    topology = Topology.of(paths, heads.weight.device)
+    if topology.max_depth > heads.num_heads:
+        raise BadRequestError(
+            f"the tree is {topology.max_depth} deep: the heads guess {heads.num_heads} tokens beyond the next"
+        )
+    return topology
+
+
+def _estimate(path: RankPath, accuracies: Sequence[Sequence[float]] | None) -> float:
+    estimate = 1.0
+    for depth, rank in enumerate(path):
+        row = accuracies[depth] if accuracies is not None else ()
+        # Never zero, which would be padding: a rank that was never right may still be drawn and verified.
+        estimate *= max(row[rank] if rank < len(row) else 0.0, 1e-4) if row else 2.0 ** -(rank + 1)
+    return estimate

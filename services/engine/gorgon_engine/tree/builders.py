@@ -34,7 +34,7 @@ class Topology:
     parents: Tensor  # [N] int64, parents before children, -1 = child of the root
     levels: Tensor  # [N] int64: depth - 1
     ranks: Tensor  # [N] int64
-    lineages: Tensor  # [N, max_depth] int64: the node's ancestors and itself, outermost first; N = none that deep
+    lineages: Tensor  # [N, max_depth] int64: 1 + the node's ancestors and itself, outermost first; 0 = none that deep
     max_depth: int
     num_ranks: int  # choices a depth that it needs
 
@@ -52,9 +52,9 @@ class Topology:
             index[path] = len(index)
         if not index:
             raise BadRequestError("a tree needs at least one path")
-        max_depth, nowhere = max(map(len, index)), len(index)
+        max_depth = max(map(len, index))
         lineages = [
-            [index[path[: depth + 1]] if depth < len(path) else nowhere for depth in range(max_depth)] for path in index
+            [1 + index[path[: depth + 1]] if depth < len(path) else 0 for depth in range(max_depth)] for path in index
         ]
 
         def tensor(values: Sequence[object]) -> Tensor:
@@ -69,10 +69,13 @@ class Topology:
             num_ranks=1 + max(map(max, index)),
         )
 
-    def place(self, tokens: Tensor, log_probs: Tensor, *, source: str = _SOURCE) -> CandidateTree:
+    def place(
+        self, tokens: Tensor, log_probs: Tensor, *, max_nodes: int | None = None, source: str = _SOURCE
+    ) -> CandidateTree:
         """The tree of per-depth choices: tokens [B, K, M] int64, log_probs [B, K, M] float32, choices in rank order.
 
-        Raises `BadRequestError` where the topology asks for more depths or choices than there are.
+        max_nodes: take the first so many paths. Raises `BadRequestError` where the topology asks for more depths or
+        choices than there are.
         """
         batch, num_depths, num_choices = tokens.shape
         if self.max_depth > num_depths or self.num_ranks > num_choices:
@@ -80,18 +83,19 @@ class Topology:
                 f"the tree is {self.max_depth} deep with {self.num_ranks} ranks: "
                 f"there are {num_depths} depths of {num_choices} choices"
             )
-        choice = self.levels * num_choices + self.ranks  # [N]
-        own = torch.nn.functional.pad(log_probs.flatten(1)[:, choice], (0, 1))  # [B, N + 1]
-        on_path = own[:, self.lineages]  # [B, N, max_depth]
+        ranks, levels = self.ranks[:max_nodes], self.levels[:max_nodes]
+        choice = levels * num_choices + ranks  # [N]
+        own = torch.nn.functional.pad(log_probs.flatten(1)[:, choice], (1, 0))  # [B, 1 + N]
+        on_path = own[:, self.lineages[:max_nodes]]  # [B, N, max_depth]
         # Summed outermost first: rounding is monotone, so no child ends above its parent.
         total = on_path[:, :, 0]
         for depth in range(1, self.max_depth):
             total = total + on_path[:, :, depth]
         return CandidateTree(
             tokens=tokens.flatten(1)[:, choice],
-            parents=self.parents.expand(batch, -1),
+            parents=self.parents[:max_nodes].expand(batch, -1),
             log_probs=total,
-            ranks=self.ranks.expand(batch, -1),
+            ranks=ranks.expand(batch, -1),
             source=source,
         )
 

@@ -37,55 +37,57 @@ void finish(const Tile& t, F16 y, int row, int64_t channel) {
   store_n(out, y, static_cast<int>(width));
 }
 
+// Steps [begin, end) of the tile. int8: one group, scaled and added to sums; else the whole of k, stored in sums.
+// A function of its own, so that only accumulators, weights and one activation compete for the registers: inlined into
+// the loop over groups, g++ spills from ten rows on and twelve rows take longer than sixteen.
 template <typename Op, int Rows, int Vectors>
-void multiply(const Tile& t, int first_vector) {
-  constexpr bool grouped = std::is_same_v<Op, Int8Op>;
+[[gnu::noinline]] void run_steps(const Tile& t, int64_t begin, int64_t end, int64_t group, const uint32_t* w,
+                                 float* sums) {
   typename Op::Acc acc[Rows][Vectors];
-  // Sums over the groups: in memory, since they are touched once in 16 steps and the registers are full of acc.
-  alignas(64) float sums[Rows][Vectors][kLanes] = {};
-
+  unrolled<Rows>([&](auto r) { unrolled<Vectors>([&](auto v) { acc[r][v] = Op::zero(); }); });
   // One base pointer for four rows: the x86 addressing modes reach the other three, so twelve rows fit the registers.
   const uint32_t* base[(Rows + 3) / 4];
   unrolled<(Rows + 3) / 4>([&](auto i) { base[i] = t.act + 4 * i * t.act_stride; });
-  const int64_t stride = t.act_stride;
-  const uint32_t* w = t.weights + first_vector * kLanes;
-  const char* prefetch = t.prefetch;
-  const int64_t advance = t.prefetch_bytes, second = advance / 2;
-  const int64_t group_steps = grouped ? kGroup / 4 : t.steps;
-  for (int64_t start = 0, group = 0; start < t.steps; start += group_steps, ++group) {
-    const int64_t end = std::min(start + group_steps, t.steps);
+  const int64_t stride = t.act_stride, advance = t.prefetch_bytes, second = advance / 2;
+  const char* prefetch = t.prefetch + begin * advance;
+  for (int64_t s = begin; s < end; ++s, w += 2 * kLanes, prefetch += advance) {
+    __builtin_prefetch(prefetch, 0, 2);
+    __builtin_prefetch(prefetch + second, 0, 2);
+    typename Op::Weight weight[Vectors];
+    unrolled<Vectors>([&](auto v) { weight[v] = Op::weight(w + v * kLanes); });
     unrolled<Rows>([&](auto r) {
-      const typename Op::Acc fresh = Op::start(grouped ? t.group_sums[r * t.groups + group] : 0);
-      unrolled<Vectors>([&](auto v) { acc[r][v] = fresh; });
+      const typename Op::Act a = Op::act(base[r / 4] + (r % 4) * stride + s);
+      unrolled<Vectors>([&](auto v) { Op::step(acc[r][v], weight[v], a); });
     });
-    for (int64_t s = start; s < end; ++s, w += 2 * kLanes, prefetch += advance) {
-      __builtin_prefetch(prefetch, 0, 2);
-      __builtin_prefetch(prefetch + second, 0, 2);
-      typename Op::Weight weight[Vectors];
-      unrolled<Vectors>([&](auto v) { weight[v] = Op::weight(w + v * kLanes); });
-      unrolled<Rows>([&](auto r) {
-        const typename Op::Act a = Op::act(base[r / 4] + (r % 4) * stride + s);
-        unrolled<Vectors>([&](auto v) { Op::step(acc[r][v], weight[v], a); });
-      });
-    }
-    if constexpr (grouped) {
-      unrolled<Rows>([&](auto r) {
-        const int64_t at = r * t.groups + group;
-        const F16 scale = set1(t.group_scales[at]);
-        unrolled<Vectors>([&](auto v) {
-          float* sum = sums[r][v];
-          store(sum, fma(Op::to_float(acc[r][v], t.group_sums[at]), scale, load(sum)));
-        });
-      });
-    }
   }
   unrolled<Rows>([&](auto r) {
     unrolled<Vectors>([&](auto v) {
-      const int64_t channel = (first_vector + v) * kLanes;
-      if constexpr (grouped) finish(t, load(sums[r][v]) * load(t.channel_scales + channel), r, channel);
-      else finish(t, acc[r][v], r, channel);
+      float* sum = sums + (r * Vectors + v) * kLanes;
+      if constexpr (std::is_same_v<Op, Int8Op>) {
+        const int64_t at = r * t.groups + group;
+        store(sum, fma(Op::to_float(acc[r][v], t.group_sums[at]), set1(t.group_scales[at]), load(sum)));
+      } else {
+        store(sum, acc[r][v]);
+      }
     });
   });
+}
+
+template <typename Op, int Rows, int Vectors>
+void multiply(const Tile& t, int first_vector) {
+  constexpr bool grouped = std::is_same_v<Op, Int8Op>;
+  alignas(64) float sums[Rows * Vectors * kLanes] = {};
+  const int64_t steps = grouped ? kGroup / 4 : t.steps;
+  for (int64_t begin = 0, group = 0; begin < t.steps; begin += steps, ++group)
+    run_steps<Op, Rows, Vectors>(t, begin, std::min(begin + steps, t.steps), group,
+                                 t.weights + (2 * begin + first_vector) * kLanes, sums);
+  for (int r = 0; r < Rows; ++r) {
+    for (int v = 0; v < Vectors; ++v) {
+      const int64_t channel = (first_vector + v) * kLanes;
+      const F16 sum = load(sums + (r * Vectors + v) * kLanes);
+      finish(t, grouped ? sum * load(t.channel_scales + channel) : sum, r, channel);
+    }
+  }
 }
 
 template <typename Op, int Rows>

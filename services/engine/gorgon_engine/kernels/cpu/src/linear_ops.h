@@ -42,7 +42,7 @@ struct Fp32Op {
   using Acc = F16;
   using Weight = F16;
   using Act = F16;
-  static Acc start(int32_t) { return set1(0.0f); }
+  static Acc zero() { return set1(0.0f); }
   static Weight weight(const uint32_t* p) { return load(reinterpret_cast<const float*>(p)); }
   static Act act(const uint32_t* p) { return set1(word_as_float(*p)); }
   static void step(Acc& acc, Weight w, Act a) { acc = fma(w, a, acc); }
@@ -54,7 +54,7 @@ struct Bf16Op {
   using Acc = F16;
   using Weight = __m512i;
   using Act = __m512i;
-  static Acc start(int32_t) { return set1(0.0f); }
+  static Acc zero() { return set1(0.0f); }
   static Weight weight(const uint32_t* p) { return _mm512_loadu_si512(p); }
   static Act act(const uint32_t* p) { return _mm512_set1_epi32(static_cast<int>(*p)); }
   static void step(Acc& acc, Weight w, Act a) { acc.v = _mm512_dpbf16_ps(acc.v, (__m512bh)w, (__m512bh)a); }
@@ -68,7 +68,7 @@ struct Bf16Op {
   using Acc = F16;
   using Weight = Pair;
   using Act = Pair;
-  static Acc start(int32_t) { return set1(0.0f); }
+  static Acc zero() { return set1(0.0f); }
 #if defined(GORGON_AVX512)
   static Pair weight(const uint32_t* p) {
     const __m512i raw = _mm512_loadu_si512(p);
@@ -100,8 +100,8 @@ struct Bf16Op {
 };
 #endif
 
-// The int8 ops work on one group of activations at a time: start(sum), the steps, then to_float(acc, sum) is the exact
-// integer product. The weights' +128 is taken back as 128 * sum, at whichever end is cheaper.
+// The int8 ops work on one group of activations at a time; to_float(acc, sum) is its exact integer product: the
+// weights' +128 is taken back as 128 * sum.
 
 #if defined(GORGON_AVX512) && defined(__AVX512VNNI__)
 struct Int8Op {
@@ -109,11 +109,13 @@ struct Int8Op {
   using Acc = __m512i;
   using Weight = __m512i;
   using Act = __m512i;
-  static Acc start(int32_t sum) { return _mm512_set1_epi32(-128 * sum); }
+  static Acc zero() { return _mm512_setzero_si512(); }
   static Weight weight(const uint32_t* p) { return _mm512_loadu_si512(p); }
   static Act act(const uint32_t* p) { return _mm512_set1_epi32(static_cast<int>(*p)); }
   static void step(Acc& acc, Weight w, Act a) { acc = _mm512_dpbusd_epi32(acc, w, a); }
-  static F16 to_float(Acc acc, int32_t) { return {_mm512_cvtepi32_ps(acc)}; }
+  static F16 to_float(Acc acc, int32_t sum) {
+    return {_mm512_cvtepi32_ps(_mm512_sub_epi32(acc, _mm512_set1_epi32(128 * sum)))};
+  }
 };
 #elif defined(GORGON_AVX512) || defined(GORGON_AVX2)
 // Widened to int16 before the multiply: vpmaddubsw would be one instruction shorter but saturates.
@@ -128,7 +130,7 @@ struct Int8Op {
   };
   using Weight = Acc;
   using Act = __m256i;
-  static Acc start(int32_t) { return {{_mm256_setzero_si256(), _mm256_setzero_si256()}}; }
+  static Acc zero() { return {{_mm256_setzero_si256(), _mm256_setzero_si256()}}; }
   static Weight weight(const uint32_t* p) {
     return {{_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),
              _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 8))}};
@@ -143,7 +145,7 @@ struct Int8Op {
   using Acc = Four;
   using Weight = Four;
   using Act = __m256i;
-  static Acc start(int32_t) {
+  static Acc zero() {
     const __m256i z = _mm256_setzero_si256();
     return {{z, z, z, z}};
   }
@@ -183,7 +185,7 @@ struct Int8Op {
     int8_t v[4];
   };
   using Weight = const uint8_t*;
-  static Acc start(int32_t) { return {}; }
+  static Acc zero() { return {}; }
   static Weight weight(const uint32_t* p) { return reinterpret_cast<const uint8_t*>(p); }
   static Act act(const uint32_t* p) {
     Act out;

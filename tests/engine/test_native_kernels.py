@@ -1,0 +1,119 @@
+"""The CPU kernels: right against plain arithmetic, and bit-identical however the rows come. Forward passes are in
+test_backbone.py and test_step.py; here every instruction set is compiled and its linears are checked."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gorgon_engine.kernels.cpu import Kind, NativeLibrary, PackedLinear, load_library, set_num_threads
+
+GROUP = 64
+# What a machine without the newer instructions would run; the flags only take away.
+BUILDS = {
+    "native": (),
+    "avx2": ("-mno-avx512f", "-mno-avxvnni"),
+    "generic": ("-DGORGON_FORCE_GENERIC",),
+}
+SHAPES = [(1, 1), (3, 5), (64, 32), (70, 33), (130, 47), (576, 192)]
+
+
+@pytest.fixture(scope="module", params=BUILDS)
+def library(request: pytest.FixtureRequest) -> NativeLibrary:
+    return load_library(BUILDS[request.param])
+
+
+def test_the_builds_are_what_their_names_say() -> None:
+    assert load_library(BUILDS["generic"]).instruction_set == "generic"
+    avx2 = load_library(BUILDS["avx2"]).instruction_set
+    assert avx2 in ("avx2", "generic")  # generic where the machine is not x86
+
+
+def int8_reference(x: torch.Tensor, packed: PackedLinear) -> torch.Tensor:
+    """Groups of 64 activations with a scale of their own, exact integer sums, in float64 from there."""
+    weight = packed.dequantized().double()
+    out = torch.zeros(x.shape[0], packed.out_features, dtype=torch.float64)
+    for start in range(0, x.shape[1], GROUP):
+        part = x[:, start : start + GROUP].double()
+        scale = part.abs().amax(dim=1, keepdim=True) / 127
+        rounded = torch.where(scale > 0, part / scale.clamp(min=1e-300), 0.0).round()
+        out += (rounded * scale) @ weight[:, start : start + GROUP].T
+    return out
+
+
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize(("inputs", "outputs"), SHAPES)
+def test_linears_equal_plain_arithmetic(library: NativeLibrary, kind: Kind, inputs: int, outputs: int) -> None:
+    generator = torch.Generator().manual_seed(inputs * 1000 + outputs)
+    weight = torch.randn(outputs, inputs, generator=generator)
+    bias = torch.randn(outputs, generator=generator)
+    x = torch.randn(9, inputs, generator=generator)
+    x[:, :: 7] *= 30  # outliers, as the hidden states of real models have
+    packed = PackedLinear.pack(weight, bias, kind, library=library)
+    if kind == "int8":
+        expected = int8_reference(x, packed)
+        scale = weight.abs().amax(dim=1, keepdim=True) / 127
+        assert (packed.dequantized() - weight).abs().le(scale * 0.5001).all()
+    else:
+        rounded = (lambda t: t.bfloat16()) if kind == "bf16" else (lambda t: t)
+        expected = rounded(x).double() @ rounded(weight).double().T
+    got = packed(x).double()
+    tolerance = 2e-5 * (x.abs().double() @ weight.abs().double().T + 1)
+    assert ((got - bias.double() - expected).abs() <= tolerance).all()
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    kind=st.sampled_from(["fp32", "bf16", "int8"]),
+    rows=st.integers(1, 150),
+    seed=st.integers(0, 2**31),
+    shape=st.sampled_from(SHAPES),
+)
+def test_a_row_does_not_see_the_others(library: NativeLibrary, kind: Kind, rows: int, seed: int, shape: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    packed = PackedLinear.pack(torch.randn(shape[1], shape[0], generator=generator), None, kind, library=library)
+    x = torch.randn(rows, shape[0], generator=generator)
+    together = packed(x)
+    order = torch.randperm(rows, generator=generator)
+    assert torch.equal(packed(x[order].contiguous()), together[order])
+    for row in {0, rows // 2, rows - 1}:
+        assert torch.equal(packed(x[row : row + 1]), together[row : row + 1])
+
+
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "int8"])
+def test_threads_do_not_change_bits(kind: Kind) -> None:
+    packed = PackedLinear.pack(torch.randn(300, 200), None, kind)
+    x = torch.randn(37, 200)
+    before = load_library().num_threads
+    try:
+        results = []
+        for threads in (1, 2, 3):
+            set_num_threads(threads)
+            results.append(packed(x))
+    finally:
+        set_num_threads(before)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (torch.zeros(2, 5), r"x must be \[..., 8\]"),
+        (torch.zeros(2, 8, dtype=torch.float64), "x must be torch.float32"),
+        (torch.zeros(8, 2).T, "x must be contiguous"),
+    ],
+)
+def test_wrong_inputs_are_refused(x: torch.Tensor, message: str) -> None:
+    packed = PackedLinear.pack(torch.randn(4, 8), None, "fp32")
+    with pytest.raises(ValueError, match=message):
+        packed(x)
+
+
+def test_wrong_weights_are_refused() -> None:
+    with pytest.raises(ValueError, match="kind must be one of"):
+        PackedLinear.pack(torch.randn(4, 8), None, "int3")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="weight must be floating"):
+        PackedLinear.pack(torch.zeros(4, dtype=torch.int64), None, "fp32")
+    with pytest.raises(ValueError, match=r"bias must be floating \[4\]"):
+        PackedLinear.pack(torch.randn(4, 8), torch.randn(5), "fp32")
