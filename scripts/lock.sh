@@ -6,5 +6,5 @@ cd "$(dirname "$0")/.."
 venv=${1:-.venv}
 {
     echo "# Pinned versions of everything that the tests ran with: made by \`make lock\`."
-    "$venv/bin/pip" freeze --exclude-editable | grep -v -i -E '^(nvidia|cuda|triton)' | sed -E 's/\+[a-z0-9.]+$//'
+    "$venv/bin/pip" freeze --exclude-editable | grep -v -i -E '^(nvidia|cuda|triton)' | sed -E 's/\+[a-z0-9.]+$//; s#^torch @ .*/torch-([0-9.]+).*#torch==\1#'
 } > constraints.txt

@@ -1,9 +1,13 @@
 """What a person sees of a generation: streamed text with the accepted drafts marked, and the figures at its end."""
 
 import os
+import signal
 import sys
-from collections.abc import Iterable
+import unicodedata
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 
 import click
@@ -36,15 +40,27 @@ def run(engine: Engine, request: Request, *, show: bool) -> Generation:
     """Run a request to its end; Ctrl-C ends it with what was produced (`finish_reason` "cancelled")."""
     generation = Generation(request)
     marked = show and sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    events = engine.generate(request)
-    try:
-        _collect(events, generation, show=show, marked=marked)
-    except KeyboardInterrupt:
-        events.close()
-        _collect(engine.abort(), generation, show=show, marked=marked)
+    with _cancel_on_interrupt(engine, request):
+        _collect(engine.generate(request), generation, show=show, marked=marked)
     if show:
         click.echo()
     return generation
+
+
+@contextmanager
+def _cancel_on_interrupt(engine: Engine, request: Request) -> Iterator[None]:
+    """The first Ctrl-C cancels the request, which then ends like any other; the second one is an interrupt."""
+
+    def cancel(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, before)
+        engine.cancel(request.id)
+
+    before = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, cancel)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _collect(events: Iterable[Any], generation: Generation, *, show: bool, marked: bool) -> None:
@@ -58,8 +74,14 @@ def _collect(events: Iterable[Any], generation: Generation, *, show: bool, marke
             pieces, drafts = event.pieces, event.num_accepted
         generation.text += "".join(pieces)
         if show:
-            click.echo(_styled(pieces, drafts if marked else 0), nl=False, color=marked or None)
+            shown = [printable(piece) for piece in pieces] if sys.stdout.isatty() else pieces
+            click.echo(_styled(shown, drafts if marked else 0), nl=False, color=True)
             sys.stdout.flush()
+
+
+def printable(text: str) -> str:
+    """Text that cannot control a terminal: what a model says may hold escape sequences, by accident or by design."""
+    return "".join(c if c in "\n\t" or unicodedata.category(c) != "Cc" else "\ufffd" for c in text)
 
 
 def _styled(pieces: list[str], num_drafts: int) -> str:

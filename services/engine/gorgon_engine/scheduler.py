@@ -8,6 +8,7 @@ Only this module changes a sequence's status.
 import time
 from collections import deque
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -27,6 +28,10 @@ class _Group:
 
     sequences: list[Sequence]
     batch: RunningBatch
+
+
+class _CancelledError(Exception):
+    """A request was cancelled while its prompt was running."""
 
 
 class Scheduler:
@@ -110,8 +115,12 @@ class Scheduler:
                 counts,
                 chunk_size=self._chunk_size,
                 wanted=_wanted([sequence]),
-                check=lambda: None,
+                check=partial(self._raise_if_cancelled, request.id),
             )
+        except _CancelledError:
+            cache.release(sequence.slot)
+            self._cancelled.discard(request.id)
+            return [self._finish(sequence, FinishReason.CANCELLED, None)]
         except BaseException:
             # Also Ctrl-C: the slot must not leak, and the sequence goes back to where it was.
             cache.release(sequence.slot)
@@ -126,6 +135,10 @@ class Scheduler:
             group.sequences.append(sequence)
             group.batch = group.batch.join(result.batch, _params(group))
         return self._emit(group, [sequence], result)
+
+    def _raise_if_cancelled(self, request_id: str) -> None:
+        if request_id in self._cancelled:
+            raise _CancelledError
 
     def _advance(self, group: _Group) -> list[Event]:
         sequences = group.sequences

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from gorgon_engine.drafters.base import DraftContext
 from gorgon_engine.heads.medusa import MedusaHeads, Projection
@@ -49,7 +48,7 @@ class HeadsDrafter:
         if self._topology is None:
             best, tokens = log_probs.topk(min(self._num_choices, log_probs.shape[2]), dim=2)  # [B, K, M]
             return dynamic(tokens, best, max_nodes, source=self.name)
-        best, tokens = log_probs.topk(self._topology.num_ranks, dim=2)
+        best, tokens = log_probs.topk(min(self._topology.num_ranks, log_probs.shape[2]), dim=2)
         return self._topology.place(tokens, best, max_nodes=max_nodes, source=self.name)
 
 

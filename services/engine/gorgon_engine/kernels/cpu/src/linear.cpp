@@ -37,12 +37,10 @@ void finish(const Tile& t, F16 y, int row, int64_t channel) {
   store_n(out, y, static_cast<int>(width));
 }
 
-// Steps [begin, end) of the tile. int8: one group, scaled and added to sums; else the whole of k, stored in sums.
-// A function of its own, so that only accumulators, weights and one activation compete for the registers: inlined into
-// the loop over groups, g++ spills from ten rows on and twelve rows take longer than sixteen.
+// out[r][v] = the sum over steps [begin, end) of the tile.
 template <typename Op, int Rows, int Vectors>
-[[gnu::noinline]] void run_steps(const Tile& t, int64_t begin, int64_t end, int64_t group, const uint32_t* w,
-                                 float* sums) {
+[[gnu::always_inline]] inline void run_steps(const Tile& t, int64_t begin, int64_t end, const uint32_t* w,
+                                             typename Op::Acc (&out)[Rows][Vectors]) {
   typename Op::Acc acc[Rows][Vectors];
   unrolled<Rows>([&](auto r) { unrolled<Vectors>([&](auto v) { acc[r][v] = Op::zero(); }); });
   // One base pointer for four rows: the x86 addressing modes reach the other three, so twelve rows fit the registers.
@@ -60,34 +58,43 @@ template <typename Op, int Rows, int Vectors>
       unrolled<Vectors>([&](auto v) { Op::step(acc[r][v], weight[v], a); });
     });
   }
-  unrolled<Rows>([&](auto r) {
-    unrolled<Vectors>([&](auto v) {
-      float* sum = sums + (r * Vectors + v) * kLanes;
-      if constexpr (std::is_same_v<Op, Int8Op>) {
-        const int64_t at = r * t.groups + group;
-        store(sum, fma(Op::to_float(acc[r][v], t.group_sums[at]), set1(t.group_scales[at]), load(sum)));
-      } else {
-        store(sum, acc[r][v]);
-      }
-    });
-  });
+  unrolled<Rows>([&](auto r) { unrolled<Vectors>([&](auto v) { out[r][v] = acc[r][v]; }); });
+}
+
+// Inlined into the loop over groups, ten rows and more make g++ spill (twelve then take longer than sixteen); with few
+// rows the call itself would show.
+template <typename Op, int Rows, int Vectors>
+[[gnu::noinline]] void run_steps_apart(const Tile& t, int64_t begin, int64_t end, const uint32_t* w,
+                                       typename Op::Acc (&out)[Rows][Vectors]) {
+  run_steps<Op, Rows, Vectors>(t, begin, end, w, out);
 }
 
 template <typename Op, int Rows, int Vectors>
 void multiply(const Tile& t, int first_vector) {
-  constexpr bool grouped = std::is_same_v<Op, Int8Op>;
-  alignas(64) float sums[Rows * Vectors * kLanes] = {};
-  const int64_t steps = grouped ? kGroup / 4 : t.steps;
-  for (int64_t begin = 0, group = 0; begin < t.steps; begin += steps, ++group)
-    run_steps<Op, Rows, Vectors>(t, begin, std::min(begin + steps, t.steps), group,
-                                 t.weights + (2 * begin + first_vector) * kLanes, sums);
-  for (int r = 0; r < Rows; ++r) {
-    for (int v = 0; v < Vectors; ++v) {
-      const int64_t channel = (first_vector + v) * kLanes;
-      const F16 sum = load(sums + (r * Vectors + v) * kLanes);
-      finish(t, grouped ? sum * load(t.channel_scales + channel) : sum, r, channel);
+  alignas(64) typename Op::Acc acc[Rows][Vectors];
+  alignas(64) F16 sums[Rows][Vectors];
+  const uint32_t* w = t.weights + first_vector * kLanes;
+  if constexpr (std::is_same_v<Op, Int8Op>) {
+    constexpr int64_t steps = kGroup / 4;
+    for (auto& row : sums)
+      for (F16& sum : row) sum = set1(0.0f);
+    for (int64_t begin = 0, group = 0; begin < t.steps; begin += steps, ++group, w += 2 * kLanes * steps) {
+      const int64_t end = std::min(begin + steps, t.steps);
+      if constexpr (Rows * Vectors >= 20) run_steps_apart<Op, Rows, Vectors>(t, begin, end, w, acc);
+      else run_steps<Op, Rows, Vectors>(t, begin, end, w, acc);
+      for (int r = 0; r < Rows; ++r) {
+        const int64_t at = r * t.groups + group;
+        for (int v = 0; v < Vectors; ++v)
+          sums[r][v] = fma(Op::to_float(acc[r][v], t.group_sums[at]), set1(t.group_scales[at]), sums[r][v]);
+      }
     }
+    for (auto& row : sums)
+      for (int v = 0; v < Vectors; ++v) row[v] = row[v] * load(t.channel_scales + (first_vector + v) * kLanes);
+  } else {
+    run_steps<Op, Rows, Vectors>(t, 0, t.steps, w, sums);
   }
+  for (int r = 0; r < Rows; ++r)
+    for (int v = 0; v < Vectors; ++v) finish(t, sums[r][v], r, (first_vector + v) * kLanes);
 }
 
 template <typename Op, int Rows>
