@@ -13,6 +13,7 @@ import json
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -91,7 +92,7 @@ class Timer:
         prefix = torch.full((rows,), context, dtype=torch.int32) if tree else positions + 1
         embeddings = torch.randn(rows, self.model.hidden_size)
         logits_rows = None if tree else torch.tensor([rows - 1], dtype=torch.int32)
-        arguments = {
+        arguments: dict[str, Any] = {
             "embeddings": embeddings,
             "cos": self.angles[positions].cos(),
             "sin": self.angles[positions].sin(),

@@ -18,14 +18,14 @@ def test_a_conversation_ends_at_the_end_of_input(tiny: Path) -> None:
     done = talk(tiny, "the cat\n\n/new\non the mat\n/quit\nnever read\n")
     assert done.returncode == 0
     assert done.stdout.count("> ") == 5
-    assert done.stderr.count("tokens/s") == 2
+    assert done.stderr.count("native-int8") == 2
 
 
 def test_a_conversation_that_outgrows_the_context_says_so(tiny: Path) -> None:
     done = talk(tiny, "the cat " * 200 + "\nthe mat\n")
     assert done.returncode == 0
     assert "the context holds 300" in done.stderr
-    assert done.stderr.count("tokens/s") == 1
+    assert done.stderr.count("native-int8") == 1
 
 
 def test_help_is_quick_and_names_every_command(gorgon: Gorgon) -> None:

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from cli.conftest import Gorgon
 
 
@@ -31,9 +30,7 @@ def test_missing_models(gorgon: Gorgon, tmp_path: Path) -> None:
     assert "config.json" in one_line(err)
 
 
-def test_a_bundled_model_that_was_not_fetched(
-    gorgon: Gorgon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_bundled_model_that_was_not_fetched(gorgon: Gorgon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GORGON_CACHE", str(tmp_path))
     status, _, err = gorgon("generate", "--prompt", "a")
     assert status == 1
@@ -116,9 +113,7 @@ def test_unknown_option_values_are_usage_errors(
         (("--kernels", "native", "--quantization", "nf4"), "native kernels"),
     ],
 )
-def test_values_out_of_range_are_named(
-    gorgon: Gorgon, tiny: Path, arguments: tuple[object, ...], message: str
-) -> None:
+def test_values_out_of_range_are_named(gorgon: Gorgon, tiny: Path, arguments: tuple[object, ...], message: str) -> None:
     status, _, err = gorgon("generate", "--model", tiny, "--prompt", "a", *arguments)
     assert status == 1
     assert message in one_line(err)

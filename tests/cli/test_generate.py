@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-
 from cli.conftest import Gorgon
+
 from gorgon_cli.terminal import printable
 
 SHORT = ("--max-tokens", 12, "--context", 200)
@@ -73,7 +73,7 @@ def test_prompt_from_a_pipe_and_messages_from_a_file(tiny: Path, gorgon: Gorgon,
     piped = subprocess.run(
         [sys.executable, "-m", "gorgon_cli", "generate", "--model", str(tiny), "--prompt", "-", "--max-tokens", "5",
          "--json"],
-        input="the cat\n".encode(), capture_output=True, timeout=120, check=True,
+        input=b"the cat\n", capture_output=True, timeout=120, check=True,
     )  # fmt: skip
     assert json.loads(piped.stdout)["usage"]["completion_tokens"] >= 1
     chat = tmp_path / "chat.json"
@@ -89,9 +89,9 @@ def test_a_terminal_sees_accepted_drafts_marked(tiny: Path) -> None:
     """On a pseudo-terminal: green and underlined, closed again, and nothing else that controls it."""
     master, slave = pty.openpty()
     process = subprocess.Popen(
-        [sys.executable, "-m", "gorgon_cli", "generate", "--model", str(tiny), "--prompt", "the cat sat on the",
-         "--max-tokens", "120", "--ignore-eos", "--fixed-tree"],
-        stdout=slave, stderr=subprocess.DEVNULL, env={**os.environ, "TERM": "xterm"} | {"NO_COLOR": ""},
+        [sys.executable, "-m", "gorgon_cli", "generate", "--model", str(tiny), "--prompt", "the cat sat on the " * 8,
+         "--max-tokens", "300", "--ignore-eos", "--fixed-tree"],
+        stdout=slave, stderr=subprocess.DEVNULL, env={**os.environ, "TERM": "xterm", "NO_COLOR": ""},
     )  # fmt: skip
     os.close(slave)
     shown = b""
@@ -116,7 +116,7 @@ def test_control_characters_do_not_reach_a_terminal() -> None:
 def test_ctrl_c_ends_with_what_was_produced(tiny: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "gorgon_cli", "generate", "--model", str(tiny), "--prompt", "the cat", "--max-tokens",
-         "100000", "--ignore-eos", "--context", "512", "--stop", "\u0000never", "--json", "--kernels", "torch"],
+         "100000", "--ignore-eos", "--context", "512", "--stop", "never said", "--json", "--kernels", "torch"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     time.sleep(0.2)

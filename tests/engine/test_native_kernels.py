@@ -1,5 +1,5 @@
-"""The CPU kernels: right against plain arithmetic, and bit-identical however the rows come. Forward passes are in
-test_backbone.py and test_step.py; here every instruction set is compiled and its linears are checked."""
+"""The CPU kernels: right against plain arithmetic, and bit-identical however the rows come. Whole forwards are in
+test_native_forward.py; here every instruction set is compiled and its linears are checked."""
 
 import pytest
 import torch
@@ -48,7 +48,7 @@ def test_linears_equal_plain_arithmetic(library: NativeLibrary, kind: Kind, inpu
     weight = torch.randn(outputs, inputs, generator=generator)
     bias = torch.randn(outputs, generator=generator)
     x = torch.randn(9, inputs, generator=generator)
-    x[:, :: 7] *= 30  # outliers, as the hidden states of real models have
+    x[:, ::7] *= 30  # outliers, as the hidden states of real models have
     packed = PackedLinear.pack(weight, bias, kind, library=library)
     if kind == "int8":
         expected = int8_reference(x, packed)
@@ -69,7 +69,9 @@ def test_linears_equal_plain_arithmetic(library: NativeLibrary, kind: Kind, inpu
     seed=st.integers(0, 2**31),
     shape=st.sampled_from(SHAPES),
 )
-def test_a_row_does_not_see_the_others(library: NativeLibrary, kind: Kind, rows: int, seed: int, shape: tuple[int, int]) -> None:
+def test_a_row_does_not_see_the_others(
+    library: NativeLibrary, kind: Kind, rows: int, seed: int, shape: tuple[int, int]
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     packed = PackedLinear.pack(torch.randn(shape[1], shape[0], generator=generator), None, kind, library=library)
     x = torch.randn(rows, shape[0], generator=generator)

@@ -39,7 +39,7 @@ class Generation:
 def run(engine: Engine, request: Request, *, show: bool) -> Generation:
     """Run a request to its end; Ctrl-C ends it with what was produced (`finish_reason` "cancelled")."""
     generation = Generation(request)
-    marked = show and sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    marked = show and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     with _cancel_on_interrupt(engine, request):
         _collect(engine.generate(request), generation, show=show, marked=marked)
     if show:

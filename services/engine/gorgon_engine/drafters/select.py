@@ -65,7 +65,7 @@ def make_drafters(
     elif heads is not None:
         notices.append(f"heads {heads} are not used: the drafter is {kind}")
     if kind in (DrafterKind.NGRAM, DrafterKind.BOTH):
-        drafters.append(NgramDrafter())
+        drafters.append(NgramDrafter(device=backbone.device))
     return drafters, notices
 
 
