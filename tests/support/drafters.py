@@ -1,4 +1,4 @@
-"""Drafters that no product needs: random, always wrong, always right. They prove that drafts never change the output."""
+"""Drafters that no product needs: random, always wrong, always right. Drafts must never change the output."""
 
 from dataclasses import dataclass, field
 
