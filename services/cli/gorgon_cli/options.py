@@ -9,7 +9,7 @@ import click
 
 from gorgon_engine.acceptance import AcceptanceRule
 from gorgon_engine.backbone.select import BackboneOptions, Kernels
-from gorgon_engine.drafters.select import DrafterKind
+from gorgon_engine.drafters.select import DrafterKind, HeadsTree
 from gorgon_engine.engine import Engine, EngineConfig
 from gorgon_engine.models.loading import Quantization
 from gorgon_engine.sampling import SamplingParams
@@ -27,6 +27,8 @@ class EngineArguments:
     model: str
     heads: str | None
     drafter: str | None
+    heads_tree: str
+    draw_drafts: bool
     max_nodes: int
     fixed_tree: bool
     quantization: str | None
@@ -48,6 +50,8 @@ class EngineArguments:
             ),
             heads=None if self.heads in (None, "none") else Path(str(self.heads)),
             drafter=None if self.drafter is None else DrafterKind(self.drafter),
+            heads_tree=HeadsTree(self.heads_tree),
+            draw_drafts=self.draw_drafts,
             max_nodes=self.max_nodes,
             adaptive=not self.fixed_tree,
             num_slots=num_slots,
@@ -72,6 +76,10 @@ def engine_options(command: F) -> F:
         click.option("--drafter", type=click.Choice([str(kind) for kind in DrafterKind]),
                      help="Who guesses: trained heads, the text so far (ngram), both, or nobody. "
                      "Default: all there are."),
+        click.option("--heads-tree", type=click.Choice([str(kind) for kind in HeadsTree]), default="dynamic",
+                     show_default=True, help="How the heads' guesses become a tree."),
+        click.option("--draw-drafts", is_flag=True,
+                     help="Draw the heads' guesses instead of taking the likeliest (for --acceptance rejection)."),
         click.option("--max-nodes", type=click.IntRange(1, MAX_NODES), default=32, show_default=True,
                      help="Most rows of a verification pass, root included; 1 is plain decoding."),
         click.option("--fixed-tree", is_flag=True,

@@ -17,7 +17,7 @@ from gorgon_engine.budget import TreeBudget
 from gorgon_engine.calibration import Calibration, calibrate
 from gorgon_engine.detokenizer import IncrementalDetokenizer
 from gorgon_engine.drafters.base import Drafter
-from gorgon_engine.drafters.select import DrafterKind, make_drafters
+from gorgon_engine.drafters.select import DrafterKind, HeadsTree, make_drafters
 from gorgon_engine.events import Event, FinishedEvent
 from gorgon_engine.kv_cache import KVCache
 from gorgon_engine.models.catalog import resolve_model
@@ -43,6 +43,8 @@ class EngineConfig:
     backbone: BackboneOptions = field(default_factory=BackboneOptions)
     heads: Path | None = None
     drafter: DrafterKind | None = None  # None: heads and lookup where heads are given, else lookup
+    heads_tree: HeadsTree = HeadsTree.DYNAMIC
+    draw_drafts: bool = False  # draw the heads' guesses, as the rejection rule needs them, instead of the likeliest
     max_nodes: int = 32
     max_depth: int = 16
     adaptive: bool = True  # size trees by the cost model; False: always the largest
@@ -105,7 +107,14 @@ class Engine:
         """Read the model, choose kernels, make drafters, measure the machine. Raises `GorgonError` subclasses."""
         folder = resolve_model(config.model)
         backbone, notices = load_backbone(folder, config.backbone)
-        drafters, more = make_drafters(config.drafter, config.heads, backbone=backbone, folder=folder)
+        drafters, more = make_drafters(
+            config.drafter,
+            config.heads,
+            backbone=backbone,
+            folder=folder,
+            tree=config.heads_tree,
+            draw=config.draw_drafts,
+        )
         tokenizer = Tokenizer.from_folder(folder)
         return cls(backbone=backbone, tokenizer=tokenizer, drafters=drafters, config=config, notices=notices + more)
 

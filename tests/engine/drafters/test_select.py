@@ -168,7 +168,7 @@ def test_heads_of_another_backbone_are_refused(tmp_path: Path, backbone: Backbon
         (HeadsTree.SPARSE, {"recommended_tree": ((0,), (0, 0), (1,))}, [(0,), (0, 0), (1,)]),
         # Ranks of head 1 (offset 2) and later; the first row belongs to the root.
         (HeadsTree.SPARSE, {"accuracies": ((0.9, 0.0), (0.5, 0.2), (0.5, 0.1), (0.4, 0.1))},
-         [(0,), (0, 0), (1,), (0, 0, 0), (1, 0)]),
+         [(0,), (0, 0), (1,), (1, 0), (0, 0, 0)]),
     ],
 )  # fmt: skip
 def test_fixed_trees(

@@ -13,16 +13,17 @@ from gorgon_engine.drafters.base import DraftContext
 from gorgon_engine.tree.candidates import CandidateTree
 
 # P(next token right | length of the match, drafts before it right). Rows: matches of at least 1, 2, 3, 4, 5, 7 tokens;
-# columns: the first draft, later ones. Measured by benchmarks/engine/ngram_confidence.py over 160 answers of
-# SmolLM2-135M to MT-bench, half greedy, half at temperature 0.7.
+# columns: the first draft, later ones, and the first draft of a further chain that differs from the first's. Measured
+# over 160 answers of SmolLM2-135M to MT-bench, half greedy, half at temperature 0.7 (docs/experiments.md; the first
+# two columns by benchmarks/engine/ngram_confidence.py).
 MATCH_CLASSES = (1, 2, 3, 4, 5, 7)
 _CONFIDENCE = (
-    (0.20, 0.62),
-    (0.47, 0.71),
-    (0.58, 0.78),
-    (0.69, 0.81),
-    (0.76, 0.83),
-    (0.91, 0.95),
+    (0.20, 0.62, 0.09),
+    (0.47, 0.71, 0.13),
+    (0.58, 0.78, 0.15),
+    (0.69, 0.81, 0.16),
+    (0.76, 0.83, 0.16),
+    (0.91, 0.95, 0.28),
 )
 
 
@@ -59,7 +60,9 @@ class NgramDrafter:
         source = source.clamp(max=num_positions - 1).flatten(1)
         tokens = history.gather(1, source)  # [B, A * D]
         row = (torch.searchsorted(self._classes, match, right=True) - 1).clamp(min=0)
-        first, later = self._log_confidence[row].unbind(dim=2)  # [B, A]
+        first, later, further = self._log_confidence[row].unbind(dim=2)  # [B, A]
+        # Chains that begin like the first are joined with it, at its confidence; where they part, theirs counts.
+        first = torch.cat([first[:, :1], further[:, 1:]], dim=1)
         log_probs = first[:, :, None] + later[:, :, None] * (step - 1)
         log_probs = log_probs.masked_fill(~known, -torch.inf)
         index = torch.arange(chains * depth, device=device).expand(batch, -1)

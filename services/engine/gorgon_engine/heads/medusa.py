@@ -79,7 +79,8 @@ class MedusaHeads(nn.Module):
     def select(self, heads: Sequence[int]) -> "MedusaHeads":
         """A copy of the given heads, in that order: what is left out can be freed."""
         index = torch.tensor(list(heads), dtype=torch.int64, device=self.weight.device)
-        return self.from_tensors({name: tensor.detach()[index] for name, tensor in self.named_parameters()})
+        chosen = self.from_tensors({name: tensor.detach()[index] for name, tensor in self.named_parameters()})
+        return chosen.requires_grad_(self.weight.requires_grad)
 
     def features(self, hidden: Tensor) -> Tensor:
         """What the projections read: hidden [B, C] -> [B, K, C]."""
