@@ -7,7 +7,7 @@ import torch
 
 from gorgon_engine.acceptance import AcceptanceRule, accept
 from gorgon_engine.drafters.base import DraftContext
-from gorgon_engine.drafters.heads import DrawnHeadsDrafter, HeadsDrafter
+from gorgon_engine.drafters.heads import DrawnHeadsDrafter, HeadsDrafter, _top
 from gorgon_engine.heads.medusa import MedusaHeads
 from gorgon_engine.sampling import SamplingBatch, SamplingParams
 from gorgon_engine.tree.builders import RankPath, cartesian_paths, dynamic, sparse_paths, static_sparse
@@ -71,6 +71,19 @@ def test_the_vocabulary_may_be_smaller_than_the_choice(heads: MedusaHeads) -> No
     tree = HeadsDrafter(heads, unused, num_choices=VOCAB + 5).propose(make_context(1), 127)
     assert tree.tokens.shape == (1, 127)
     assert (tree.log_probs > -torch.inf).all()
+
+
+@pytest.mark.parametrize("vocab", [63, 64, 640, 700, 6400])
+@pytest.mark.parametrize("count", [1, 10, 70])
+def test_the_likeliest_of_large_vocabularies_are_found(vocab: int, count: int) -> None:
+    """Distinct values, so that the order is one; the largest ones now all in one block, now scattered."""
+    values = torch.randperm(2 * 3 * vocab, generator=torch.Generator().manual_seed(vocab)).view(2, 3, vocab).float()
+    values[0, 0] = values[0, 0].sort().values
+    values[1, 2, : vocab // 2] = -torch.inf
+    best, places = _top(values, count)
+    expected = values.topk(min(count, vocab), dim=2)
+    assert torch.equal(best, expected.values)
+    assert torch.equal(values.gather(2, places), best)
 
 
 def test_shared_projections_are_one_product(heads: MedusaHeads) -> None:
