@@ -85,6 +85,7 @@ def test_speculation_never_changes_the_tokens(fp32: Engine, name: str) -> None:
 
 
 @pytest.mark.full
+@pytest.mark.timeout(5400)
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 @pytest.mark.parametrize("max_nodes", [16, 64])
 def test_all_of_mt_bench_is_token_identical(fp32: Engine, temperature: float, max_nodes: int) -> None:

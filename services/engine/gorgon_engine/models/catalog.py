@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from gorgon_engine.models.cache import cache_dir as default_cache_dir
+from gorgon_engine.cache import cache_dir as default_cache_dir
 from gorgon_protocol.errors import ModelNotFoundError
 
 

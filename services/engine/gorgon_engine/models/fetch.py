@@ -22,7 +22,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from gorgon_engine.models.cache import cache_dir as default_cache_dir
+from gorgon_engine.cache import cache_dir as default_cache_dir
 from gorgon_engine.models.catalog import CATALOG, CatalogModel
 from gorgon_protocol.errors import FetchError, ModelError
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from gorgon_engine.models.cache import cache_dir
+from gorgon_engine.cache import cache_dir
 from gorgon_engine.models.config import BackboneConfig
 from gorgon_engine.models.weights import WeightReader
 from gorgon_protocol.errors import ModelError

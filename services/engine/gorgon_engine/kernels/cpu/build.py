@@ -11,6 +11,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from gorgon_engine.cache import cache_dir
+
 SOURCES = Path(__file__).parent / "src"
 COMPILERS = ("g++", "clang++", "c++")
 # -ffp-contract=off: a multiply-add is fused where the source says so and nowhere else, or two row counts could round
@@ -24,15 +26,6 @@ COMPILE_TIMEOUT_SECONDS = 300
 
 class NativeKernelsUnavailable(RuntimeError):
     """The CPU kernels cannot be used here; the message says why."""
-
-
-def cache_directory() -> Path:
-    """Where compiled libraries live: $GORGON_CACHE, else $XDG_CACHE_HOME/gorgon, else ~/.cache/gorgon."""
-    if explicit := os.environ.get("GORGON_CACHE"):
-        return Path(explicit)
-    if shared := os.environ.get("XDG_CACHE_HOME"):
-        return Path(shared) / "gorgon"
-    return Path.home() / ".cache" / "gorgon"
 
 
 def find_compiler() -> str:
@@ -62,7 +55,7 @@ def build_library(extra_flags: tuple[str, ...] = ()) -> Path:
         raise NativeKernelsUnavailable("not supported on Windows")
     compiler = find_compiler()
     flags = (*FLAGS, *extra_flags)
-    directory = cache_directory() / "native" / _key(compiler, flags)
+    directory = cache_dir() / "native" / _key(compiler, flags)
     library = directory / "libgorgon_cpu.so"
     if library.exists():
         return library
