@@ -17,7 +17,7 @@ def talk(model: Path, said: str) -> "subprocess.CompletedProcess[str]":
 def test_a_conversation_ends_at_the_end_of_input(tiny: Path) -> None:
     done = talk(tiny, "the cat\n\n/new\non the mat\n/quit\nnever read\n")
     assert done.returncode == 0
-    assert done.stdout.count("> ") == 5
+    assert "> " not in done.stdout  # the prompt is for people
     assert done.stderr.count("native-int8") == 2
 
 

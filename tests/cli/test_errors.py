@@ -140,7 +140,7 @@ def test_message_files_that_are_no_chats(gorgon: Gorgon, tiny: Path, tmp_path: P
 def test_files_that_cannot_be_read(gorgon: Gorgon, tiny: Path, tmp_path: Path) -> None:
     status, _, err = gorgon("generate", "--model", tiny, "--messages", tmp_path / "gone.json")
     assert status == 1
-    assert "cannot read" in one_line(err)
+    assert "gone.json: No such file or directory" in one_line(err)
     status, _, err = gorgon("bench", "engine", "--model", tiny, "--prompts", tmp_path / "gone.jsonl")
     assert status == 1
     assert "gone.jsonl" in one_line(err)

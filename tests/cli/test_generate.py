@@ -110,7 +110,7 @@ def test_a_terminal_sees_accepted_drafts_marked(tiny: Path) -> None:
 
 
 def test_control_characters_do_not_reach_a_terminal() -> None:
-    assert printable("a\x1b[2Jb\x07\n\tc\x9b") == "a\ufffd[2Jb\ufffd\n\tc\ufffd"
+    assert printable("a\x1b[2Jb\x07\n\tc\x9b") == "a[2Jb\n\tc"
 
 
 def test_ctrl_c_ends_with_what_was_produced(tiny: Path) -> None:
@@ -118,6 +118,8 @@ def test_ctrl_c_ends_with_what_was_produced(tiny: Path) -> None:
         [sys.executable, "-m", "gorgon_cli", "generate", "--model", str(tiny), "--prompt", "the cat", "--max-tokens",
          "100000", "--ignore-eos", "--context", "512", "--stop", "never said", "--json", "--kernels", "torch"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        # A parent that runs in the background of a shell has SIGINT ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None,
     )  # fmt: skip
     time.sleep(0.2)
     while process.poll() is None and not _is_generating(process.pid):

@@ -5,18 +5,20 @@ import statistics
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from tqdm import tqdm
 
-from gorgon_cli import terminal
 from gorgon_cli.generate import decode_utf8
 from gorgon_cli.options import EngineArguments, engine_options, load_engine, sampling_options, speculation_options
-from gorgon_engine.engine import Engine, Prompt
-from gorgon_engine.sampling import SamplingParams
-from gorgon_engine.sequence import FinishReason, SpeculationParams
 from gorgon_protocol.errors import BadRequestError
+
+if TYPE_CHECKING:
+    from gorgon_cli.terminal import Generation
+    from gorgon_engine.engine import Engine
+    from gorgon_engine.sampling import SamplingParams
+    from gorgon_engine.sequence import Request, SpeculationParams
 
 
 @click.group()
@@ -37,8 +39,8 @@ def bench_engine(
     limit: int | None,
     as_json: bool,
     engine_arguments: EngineArguments,
-    sampling: SamplingParams,
-    speculation: SpeculationParams,
+    sampling: "SamplingParams",
+    speculation: "SpeculationParams",
 ) -> int:
     """Compare plain and speculative decoding.
 
@@ -47,35 +49,55 @@ def bench_engine(
     """
     questions = _read_prompts(prompts)[:limit]
     engine = load_engine(engine_arguments)
+    # All of them before the first run: a prompt that cannot run is known now, not after an hour.
+    requests = [_requests(engine, question, sampling, speculation) for question in questions]
     pairs = []
-    for number, question in enumerate(tqdm(questions, desc="prompts", disable=None, leave=False)):
-        pairs.append(_run_pair(engine, question, sampling, speculation, plain_first=number % 2 == 0))
+    for number, (plain, speculative) in enumerate(tqdm(requests, desc="prompts", disable=None, leave=False)):
+        pairs.append(_run_pair(engine, plain, speculative, plain_first=number % 2 == 0))
     report = _report(engine, pairs)
     click.echo(json.dumps(report) if as_json else _table(report))
     return 0
 
 
 @dataclass(frozen=True, slots=True)
+class _Question:
+    where: str  # file and line
+    prompt: str | list[dict[str, str]]
+
+
+@dataclass(frozen=True, slots=True)
 class _Pair:
-    plain: terminal.Generation
-    speculative: terminal.Generation
+    plain: "Generation"
+    speculative: "Generation"
 
 
-def _run_pair(
-    engine: Engine, question: Prompt, sampling: SamplingParams, speculation: SpeculationParams, *, plain_first: bool
-) -> _Pair:
-    def run(enabled: bool) -> terminal.Generation:
-        request = engine.request(question, sampling, replace(speculation, enabled=enabled))
+def _requests(
+    engine: "Engine", question: _Question, sampling: "SamplingParams", speculation: "SpeculationParams"
+) -> tuple["Request", "Request"]:
+    """The same question without and with speculation. Raises `BadRequestError` naming its line."""
+    try:
+        plain = engine.request(question.prompt, sampling, replace(speculation, enabled=False))
+        return plain, engine.request(question.prompt, sampling, speculation)
+    except BadRequestError as error:
+        raise BadRequestError(f"{question.where}: {error}") from None
+
+
+def _run_pair(engine: "Engine", plain: "Request", speculative: "Request", *, plain_first: bool) -> _Pair:
+    from gorgon_cli import terminal
+
+    def run(request: "Request") -> "Generation":
         generation = terminal.run(engine, request, show=False)
-        if generation.end.finish_reason is FinishReason.CANCELLED:
+        if generation.cancelled:
             raise KeyboardInterrupt
         return generation
 
-    first, second = run(not plain_first), run(plain_first)
-    return _Pair(plain=first, speculative=second) if plain_first else _Pair(plain=second, speculative=first)
+    if plain_first:
+        return _Pair(plain=run(plain), speculative=run(speculative))
+    second = run(speculative)
+    return _Pair(plain=run(plain), speculative=second)
 
 
-def _report(engine: Engine, pairs: list[_Pair]) -> dict[str, Any]:
+def _report(engine: "Engine", pairs: list[_Pair]) -> dict[str, Any]:
     plain, speculative = [p.plain for p in pairs], [p.speculative for p in pairs]
     speeds = {"plain": _speeds(plain), "speculative": _speeds(speculative)}
     steps = sum(g.end.metrics.num_spec_steps for g in speculative)
@@ -94,7 +116,7 @@ def _report(engine: Engine, pairs: list[_Pair]) -> dict[str, Any]:
     }
 
 
-def _speeds(generations: list[terminal.Generation]) -> dict[str, Any]:
+def _speeds(generations: list["Generation"]) -> dict[str, Any]:
     """Tokens a second over everything (tokens / seconds), and how single answers spread around it."""
     rates, tokens, seconds = [], 0, 0.0
     for generation in generations:
@@ -117,7 +139,7 @@ def _quantile(values: list[float], share: float) -> float | None:
     return ordered[round(share * (len(ordered) - 1))] if ordered else None
 
 
-def _step_times(generations: list[terminal.Generation]) -> dict[str, dict[str, float]]:
+def _step_times(generations: list["Generation"]) -> dict[str, dict[str, float]]:
     by_nodes: dict[int, list[float]] = defaultdict(list)
     for generation in generations:
         for event in generation.steps[1:]:
@@ -148,25 +170,24 @@ def _table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _read_prompts(path: Path) -> list[Prompt]:
-    try:
-        lines = decode_utf8(path.read_bytes(), str(path)).splitlines()
-    except OSError as error:
-        raise BadRequestError(f"cannot read {path}: {error.strerror}") from None
-    questions: list[Prompt] = []
+def _read_prompts(path: Path) -> list[_Question]:
+    lines = decode_utf8(path.read_bytes(), str(path)).splitlines()
+    questions: list[_Question] = []
     for number, line in enumerate(lines, start=1):
+        where = f"{path}, line {number}"
         if not line.strip():
             continue
         try:
             entry = json.loads(line)
         except json.JSONDecodeError as error:
-            raise BadRequestError(f"{path}, line {number} is not JSON: {error}") from None
-        if isinstance(entry, dict) and isinstance(entry.get("prompt"), str):
-            questions.append(entry["prompt"])
-        elif isinstance(entry, dict) and isinstance(turns := entry.get("turns"), list) and turns:
-            questions.append([{"role": "user", "content": str(turns[0])}])
-        else:
-            raise BadRequestError(f'{path}, line {number} has neither "prompt" nor "turns"')
+            raise BadRequestError(f"{where} is not JSON: {error}") from None
+        match entry:
+            case {"prompt": str(text)}:
+                questions.append(_Question(where, text))
+            case {"turns": [str(first), *_]}:
+                questions.append(_Question(where, [{"role": "user", "content": first}]))
+            case _:
+                raise BadRequestError(f'{where} has neither a text "prompt" nor a list of texts "turns"')
     if not questions:
         raise BadRequestError(f"{path} holds no prompts")
     return questions

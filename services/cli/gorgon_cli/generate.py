@@ -1,22 +1,26 @@
 """`gorgon generate`: one answer, streamed."""
 
 import json
+import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from gorgon_cli import terminal
 from gorgon_cli.main import EXIT_INTERRUPTED
 from gorgon_cli.options import EngineArguments, engine_options, load_engine, sampling_options, speculation_options
-from gorgon_engine.sampling import SamplingParams
-from gorgon_engine.sequence import FinishReason, SpeculationParams
 from gorgon_protocol.errors import BadRequestError
+
+if TYPE_CHECKING:
+    from gorgon_engine.sampling import SamplingParams
+    from gorgon_engine.sequence import SpeculationParams
 
 
 @click.command()
-@click.option("--prompt", metavar="TEXT|-", help="Text to continue; - reads it from standard input.")
+@click.option(
+    "--prompt", metavar="TEXT|-", help="Text to continue; - reads it from standard input, without its last newline."
+)
 @click.option("--messages", type=click.Path(path_type=Path), metavar="FILE",
               help='Chat: a JSON list of {"role", "content"}.')  # fmt: skip
 @click.option("--chat", "as_chat", is_flag=True, help="Put the prompt to the model as a user's message.")
@@ -30,8 +34,8 @@ def generate(
     as_chat: bool,
     as_json: bool,
     engine_arguments: EngineArguments,
-    sampling: SamplingParams,
-    speculation: SpeculationParams,
+    sampling: "SamplingParams",
+    speculation: "SpeculationParams",
 ) -> int:
     """Generate one answer.
 
@@ -43,20 +47,26 @@ def generate(
     question = _read_text(prompt) if prompt is not None else read_messages(messages)
     if as_chat and isinstance(question, str):
         question = [{"role": "user", "content": question}]
+    from gorgon_cli import terminal
+
     engine = load_engine(engine_arguments)
     request = engine.request(question, sampling, speculation)
     generation = terminal.run(engine, request, show=not as_json)
     if as_json:
         click.echo(json.dumps(terminal.as_json(engine, generation), ensure_ascii=False))
     else:
-        click.echo(terminal.summary(engine, generation), err=True)
-    return EXIT_INTERRUPTED if generation.end.finish_reason is FinishReason.CANCELLED else 0
+        terminal.note(terminal.summary(engine, generation))
+    return EXIT_INTERRUPTED if generation.cancelled else 0
 
 
 def _read_text(prompt: str) -> str:
     if prompt != "-":
-        return prompt
-    return decode_utf8(sys.stdin.buffer.read(), "standard input")
+        # The shell's bytes as Python keeps them where they are not text.
+        return decode_utf8(os.fsencode(prompt), "--prompt")
+    if sys.stdin is None:
+        raise BadRequestError("standard input is closed: --prompt - reads the text from it")
+    # `echo` and editors end a text with a newline that is not meant to be continued.
+    return decode_utf8(sys.stdin.buffer.read(), "standard input").removesuffix("\n")
 
 
 def decode_utf8(data: bytes, name: str) -> str:
@@ -72,10 +82,7 @@ def decode_utf8(data: bytes, name: str) -> str:
 def read_messages(path: Path | None) -> list[dict[str, str]]:
     """The chat of a JSON file. Raises `BadRequestError` for what is not a list of messages."""
     assert path is not None
-    try:
-        text = decode_utf8(path.read_bytes(), str(path))
-    except OSError as error:
-        raise BadRequestError(f"cannot read {path}: {error.strerror}") from None
+    text = decode_utf8(path.read_bytes(), str(path))
     try:
         messages: Any = json.loads(text)
     except json.JSONDecodeError as error:

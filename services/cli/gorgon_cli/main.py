@@ -1,8 +1,8 @@
 """The `gorgon` command: one line for every error, never a traceback for what is not our bug."""
 
+import os
 import sys
 from importlib import import_module
-from importlib.metadata import version
 
 import click
 
@@ -40,7 +40,7 @@ class _LazyGroup(click.Group):
 
 
 @click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(version("gorgon"), prog_name="gorgon")
+@click.version_option(package_name="gorgon", prog_name="gorgon")
 def cli() -> None:
     """Lossless tree-speculative inference for 4-bit language models."""
 
@@ -49,19 +49,40 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point of the installed command; exits the process."""
     try:
         sys.exit(cli.main(args=arguments, prog_name="gorgon", standalone_mode=False) or 0)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        sys.exit(EXIT_USAGE)
     except click.UsageError as error:
-        error.show()
+        command = error.ctx.command_path if error.ctx is not None else "gorgon"
+        _complain(f"{error.format_message().rstrip('.')} (see `{command} --help`)")
         sys.exit(EXIT_USAGE)
     except click.ClickException as error:
-        click.echo(f"gorgon: {error.format_message()}", err=True)
+        _complain(error.format_message())
         sys.exit(EXIT_ERROR)
     except GorgonError as error:
-        click.echo(f"gorgon: {error}", err=True)
+        _complain(str(error))
         sys.exit(EXIT_ERROR)
     except (click.Abort, KeyboardInterrupt):
-        click.echo("gorgon: interrupted", err=True)
+        _complain("interrupted")
         sys.exit(EXIT_INTERRUPTED)
     except BrokenPipeError:
-        # The reader (`head`) went away: not an error, and no second message at exit about the closed pipe.
-        sys.stderr.close()
+        # The reader (`head`) went away, which is no error.
+        _drop_output()
         sys.exit(EXIT_ERROR)
+    except OSError as error:
+        # The machine's trouble, not ours: a full disk, a file that may not be read. Streams have no file name.
+        _drop_output()
+        _complain(f"{error.filename or 'writing the output'}: {error.strerror or error}")
+        sys.exit(EXIT_ERROR)
+
+
+def _complain(message: str) -> None:
+    click.echo("gorgon: " + " ".join(line.strip() for line in message.splitlines()), err=True)
+
+
+def _drop_output() -> None:
+    """What could not be written must not be tried again, and complained about, when the interpreter exits."""
+    if sys.stdout is not None:
+        devnull = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(devnull, sys.stdout.fileno())
+        os.close(devnull)

@@ -1,25 +1,32 @@
-"""Options that several commands share, and what they build."""
+"""Options that several commands share, and what they build.
 
+Nothing here imports the engine before a command runs: torch takes a second that `--help` and a mistyped option need not
+wait for. The choices are therefore spelled out; a test holds them equal to the engine's own.
+"""
+
+import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from gorgon_engine.acceptance import AcceptanceRule
-from gorgon_engine.backbone.select import BackboneOptions, Kernels
-from gorgon_engine.drafters.select import DrafterKind, HeadsTree
-from gorgon_engine.engine import Engine, EngineConfig
-from gorgon_engine.models.loading import Quantization
-from gorgon_engine.sampling import SamplingParams
-from gorgon_engine.sequence import SpeculationParams
-from gorgon_engine.tree.tree import MAX_NODES
 from gorgon_protocol.errors import BadRequestError
+
+if TYPE_CHECKING:
+    from gorgon_engine.engine import Engine, EngineConfig
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-_DTYPES = {"float32": "float32", "bfloat16": "bfloat16"}
+DRAFTERS = ("heads", "ngram", "both", "none")
+HEADS_TREES = ("dynamic", "sparse", "cartesian")
+QUANTIZATIONS = ("none", "nf4", "int8")
+KERNELS = ("auto", "native", "torch")
+ACCEPTANCE_RULES = ("lossless", "rejection", "typical")
+DTYPES = ("float32", "bfloat16")
+MAX_NODES = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,15 +43,30 @@ class EngineArguments:
     device: str | None
     kernels: str
     context: int | None
+    threads: int | None
 
-    def config(self, *, num_slots: int = 1) -> EngineConfig:
+    @property
+    def wants_native_kernels(self) -> bool:
+        """Whether the project's own CPU kernels are asked for, or free to serve."""
+        return self.device in (None, "cpu") and self.kernels != "torch" and self.quantization != "nf4"
+
+    def config(self, *, num_slots: int = 1) -> "EngineConfig":
         import torch
 
+        from gorgon_engine.backbone.select import BackboneOptions, Kernels
+        from gorgon_engine.drafters.select import DrafterKind, HeadsTree
+        from gorgon_engine.engine import EngineConfig
+        from gorgon_engine.models.loading import Quantization
+
+        # An unset shell variable must not quietly mean the default model, or the current folder.
+        for option, value in (("--model", self.model), ("--heads", self.heads)):
+            if value == "":
+                raise BadRequestError(f"{option} is empty: give a path or a name, or leave it out")
         return EngineConfig(
             model=self.model,
             backbone=BackboneOptions(
                 quantization=None if self.quantization is None else Quantization(self.quantization),
-                dtype=None if self.dtype is None else getattr(torch, _DTYPES[self.dtype]),
+                dtype=None if self.dtype is None else getattr(torch, self.dtype),
                 device=self.device,
                 kernels=Kernels(self.kernels),
             ),
@@ -73,10 +95,10 @@ def engine_options(command: F) -> F:
         click.option("--model", default="smollm2", show_default=True, metavar="PATH|NAME",
                      help="Model folder, name in `gorgon models list`, or hub name."),
         click.option("--heads", metavar="PATH|none", help="Checkpoint folder of trained draft heads."),
-        click.option("--drafter", type=click.Choice([str(kind) for kind in DrafterKind]),
+        click.option("--drafter", type=click.Choice(DRAFTERS),
                      help="Who guesses: trained heads, the text so far (ngram), both, or nobody. "
                      "Default: all there are."),
-        click.option("--heads-tree", type=click.Choice([str(kind) for kind in HeadsTree]), default="dynamic",
+        click.option("--heads-tree", type=click.Choice(HEADS_TREES), default="dynamic",
                      show_default=True, help="How the heads' guesses become a tree."),
         click.option("--draw-drafts", is_flag=True,
                      help="Draw the heads' guesses instead of taking the likeliest (for --acceptance rejection)."),
@@ -84,14 +106,16 @@ def engine_options(command: F) -> F:
                      help="Most rows of a verification pass, root included; 1 is plain decoding."),
         click.option("--fixed-tree", is_flag=True,
                      help="Always verify all that was guessed, instead of what pays on this machine."),
-        click.option("--quantization", type=click.Choice([str(kind) for kind in Quantization]),
+        click.option("--quantization", type=click.Choice(QUANTIZATIONS),
                      help="Default: int8 on a CPU, nf4 on a GPU."),
-        click.option("--dtype", type=click.Choice(list(_DTYPES)), help="Unquantised weights of this type."),
+        click.option("--dtype", type=click.Choice(DTYPES), help="Of unquantised weights, and of what 4-bit ones are computed in."),
         click.option("--device", metavar="cpu|cuda[:N]", help="Default: a GPU where there is one."),
-        click.option("--kernels", type=click.Choice([str(kind) for kind in Kernels]), default="auto",
+        click.option("--kernels", type=click.Choice(KERNELS), default="auto",
                      show_default=True, help="CPU kernels: the project's own (native) or torch's."),
         click.option("--context", type=click.IntRange(min=2), metavar="N",
                      help="Positions for prompt and answer. Default: the model's, at most 8192."),
+        click.option("--threads", type=click.IntRange(min=1), metavar="N",
+                     help="CPU threads. Default: one for each physical core."),
     )  # fmt: skip
 
 
@@ -99,6 +123,8 @@ def sampling_options(command: F) -> F:
     """How tokens are drawn; the command gets them as `sampling`, a `SamplingParams`."""
 
     def wrapper(**values: Any) -> Any:
+        from gorgon_engine.sampling import SamplingParams
+
         sampling = SamplingParams(
             max_tokens=values.pop("max_tokens"),
             temperature=values.pop("temperature"),
@@ -141,34 +167,59 @@ def speculation_options(command: F) -> F:
     """What to accept; the command gets it as `speculation`."""
 
     def wrapper(**values: Any) -> Any:
+        from gorgon_engine.acceptance import AcceptanceRule
+        from gorgon_engine.sequence import SpeculationParams
+
         rule = AcceptanceRule(values.pop("acceptance"))
         return command(speculation=SpeculationParams(acceptance=rule), **values)
 
     return _decorate(
         wrapper,
         command,
-        click.option("--acceptance", type=click.Choice([str(rule) for rule in AcceptanceRule]), default="lossless",
+        click.option("--acceptance", type=click.Choice(ACCEPTANCE_RULES), default="lossless",
                      show_default=True, help="lossless: the tokens of plain decoding. rejection: its distribution. "
                      "typical: faster and LOSSY."),
     )  # fmt: skip
 
 
-def load_engine(arguments: EngineArguments, *, num_slots: int = 1) -> Engine:
+def load_engine(arguments: EngineArguments, *, num_slots: int = 1) -> "Engine":
     """The engine, with its notices on standard error."""
-    import torch
-    from transformers.utils import logging
+    from gorgon_engine.engine import Engine
 
-    # Only our own words reach the user: no progress bars and hints of the libraries below.
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    if (arguments.device or "cpu") == "cpu" and not torch.cuda.is_available():
-        # The native kernels have threads of their own; what is left to torch is too small to share, and its waiting
-        # threads would take the kernels' cores.
-        torch.set_num_threads(1)
-    engine = Engine.load(arguments.config(num_slots=num_slots))
+    _silence_libraries()
+    config = arguments.config(num_slots=num_slots)
+    _set_threads(arguments)
+    engine = Engine.load(config)
     for notice in engine.notices:
         click.echo(f"gorgon: {notice}", err=True)
     return engine
+
+
+def _silence_libraries() -> None:
+    """Only our own words reach the user: no progress bars, hints and warnings of the libraries below."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", module=r"(torch|transformers|bitsandbytes)\b")
+
+
+def _set_threads(arguments: EngineArguments) -> None:
+    """Before loading: the engine measures itself there, and must do so on the threads that will serve."""
+    import torch
+
+    from gorgon_engine.kernels.cpu import NativeKernelsUnavailable, set_num_threads
+
+    on_cpu = arguments.device is not None or not torch.cuda.is_available()
+    if arguments.wants_native_kernels and on_cpu:
+        # The native kernels have threads of their own; what is left to torch is too small to share, and its waiting
+        # threads would take the kernels' cores: half of the speed.
+        torch.set_num_threads(1)
+        if arguments.threads is not None:
+            with suppress(NativeKernelsUnavailable):  # loading says what serves instead
+                set_num_threads(arguments.threads)
+    elif arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
 
 
 def _decorate(wrapper: Callable[..., Any], command: F, *options: Callable[[Any], Any]) -> F:

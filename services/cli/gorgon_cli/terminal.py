@@ -4,16 +4,16 @@ import os
 import signal
 import sys
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any
+from typing import IO, Any
 
 import click
 
 from gorgon_engine.engine import Engine
-from gorgon_engine.events import FinishedEvent, TokenEvent
+from gorgon_engine.events import Event, FinishedEvent, TokenEvent
 from gorgon_engine.sequence import FinishReason, Request
 
 # Accepted drafts are green and underlined: visible in colour and without it.
@@ -35,16 +35,30 @@ class Generation:
         assert self.finished is not None, "a generation is read before its terminal event"
         return self.finished
 
+    @property
+    def cancelled(self) -> bool:
+        return self.end.finish_reason is FinishReason.CANCELLED
+
 
 def run(engine: Engine, request: Request, *, show: bool) -> Generation:
     """Run a request to its end; Ctrl-C ends it with what was produced (`finish_reason` "cancelled")."""
     generation = Generation(request)
-    marked = show and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     with _cancel_on_interrupt(engine, request):
-        _collect(engine.generate(request), generation, show=show, marked=marked)
+        for event in engine.generate(request):
+            _take(event, generation)
+            if show:
+                _show(event)
     if show:
-        click.echo()
+        if not generation.text.endswith("\n"):
+            click.echo()
+        for notice in generation.end.notices:
+            click.echo(f"gorgon: {notice}", err=True)
     return generation
+
+
+def note(text: str) -> None:
+    """A line about the answer, on standard error: dim on a terminal, to stand back behind it."""
+    click.echo(f"\x1b[2m{text}\x1b[0m" if _takes_escapes(sys.stderr) else text, err=True, color=True)
 
 
 @contextmanager
@@ -56,6 +70,9 @@ def _cancel_on_interrupt(engine: Engine, request: Request) -> Iterator[None]:
         engine.cancel(request.id)
 
     before = signal.getsignal(signal.SIGINT)
+    if before is signal.SIG_IGN:  # a background job of a script: Ctrl-C is not for it
+        yield
+        return
     signal.signal(signal.SIGINT, cancel)
     try:
         yield
@@ -63,30 +80,38 @@ def _cancel_on_interrupt(engine: Engine, request: Request) -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _collect(events: Iterable[Any], generation: Generation, *, show: bool, marked: bool) -> None:
-    for event in events:
-        if isinstance(event, FinishedEvent):
-            generation.finished = event
-            pieces, drafts = [event.text], 0
-        else:
-            generation.token_ids += event.token_ids
-            generation.steps.append(event)
-            pieces, drafts = event.pieces, event.num_accepted
-        generation.text += "".join(pieces)
-        if show:
-            shown = [printable(piece) for piece in pieces] if sys.stdout.isatty() else pieces
-            click.echo(_styled(shown, drafts if marked else 0), nl=False, color=True)
-            sys.stdout.flush()
+def _take(event: Event, generation: Generation) -> None:
+    if isinstance(event, FinishedEvent):
+        generation.finished = event
+    else:
+        generation.token_ids += event.token_ids
+        generation.steps.append(event)
+    generation.text += event.text
+
+
+def _show(event: Event) -> None:
+    pieces, num_drafts = ([event.text], 0) if isinstance(event, FinishedEvent) else (event.pieces, event.num_accepted)
+    if is_terminal(sys.stdout):
+        pieces = [printable(piece) for piece in pieces]
+    drafted, own = "".join(pieces[:num_drafts]), "".join(pieces[num_drafts:])
+    if drafted and _takes_escapes(sys.stdout):
+        drafted = f"{_DRAFT_ON}{drafted}{_DRAFT_OFF}"
+    # click would take our own escapes out where it sees no terminal: there are none then.
+    click.echo(drafted + own, nl=False, color=True)
+
+
+def is_terminal(stream: IO[str] | None) -> bool:
+    """None is a standard stream that was closed before we began."""
+    return stream is not None and stream.isatty()
+
+
+def _takes_escapes(stream: IO[str] | None) -> bool:
+    return is_terminal(stream) and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def printable(text: str) -> str:
     """Text that cannot control a terminal: what a model says may hold escape sequences, by accident or by design."""
-    return "".join(c if c in "\n\t" or unicodedata.category(c) != "Cc" else "\ufffd" for c in text)
-
-
-def _styled(pieces: list[str], num_drafts: int) -> str:
-    drafted, own = "".join(pieces[:num_drafts]), "".join(pieces[num_drafts:])
-    return (f"{_DRAFT_ON}{drafted}{_DRAFT_OFF}" if drafted else "") + own
+    return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
 
 
 def speedup(engine: Engine, generation: Generation) -> float | None:
@@ -107,7 +132,7 @@ def summary(engine: Engine, generation: Generation) -> str:
     if ratio is not None and engine.calibration is not None:
         parts.append(f"{ratio:.2f}x plain decoding ({engine.calibration.plain_tokens_per_second:.1f} tokens/s here)")
     parts.append(engine.backbone.kernels)
-    if end.finish_reason is FinishReason.CANCELLED:
+    if generation.cancelled:
         parts.append("interrupted")
     elif end.finish_reason is FinishReason.LENGTH:
         parts.append("stopped at the token limit")

