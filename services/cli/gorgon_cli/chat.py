@@ -3,7 +3,6 @@
 import contextlib
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import click

@@ -108,7 +108,7 @@ def engine_options(command: F) -> F:
                      help="Always verify all that was guessed, instead of what pays on this machine."),
         click.option("--quantization", type=click.Choice(QUANTIZATIONS),
                      help="Default: int8 on a CPU, nf4 on a GPU."),
-        click.option("--dtype", type=click.Choice(DTYPES), help="Of unquantised weights, and of what 4-bit ones are computed in."),
+        click.option("--dtype", type=click.Choice(DTYPES), help="Of unquantised weights; 4-bit ones compute in it."),
         click.option("--device", metavar="cpu|cuda[:N]", help="Default: a GPU where there is one."),
         click.option("--kernels", type=click.Choice(KERNELS), default="auto",
                      show_default=True, help="CPU kernels: the project's own (native) or torch's."),

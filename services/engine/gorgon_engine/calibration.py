@@ -13,8 +13,10 @@ from gorgon_engine.acceptance import AcceptanceRule
 from gorgon_engine.backbone.base import ForwardInputs
 from gorgon_engine.sampling import SamplingBatch, SamplingParams
 from gorgon_engine.step import SpeculativeStep, Wanted
+from gorgon_engine.transfer import to_device
+from gorgon_engine.tree.candidates import CandidateTree
 from gorgon_engine.tree.cost_model import CostModel
-from gorgon_engine.tree.tree import ancestor_words
+from gorgon_engine.tree.tree import ancestor_words, flatten, merge_candidates
 
 _ROW_COUNTS = (1, 2, 4, 8, 16, 32, 64, 128)
 _PREFIX = 64  # positions in the cache while measuring
@@ -69,6 +71,11 @@ def _measure(step: SpeculativeStep, slot: int) -> Calibration:
             pass_times[count] += [_now(device) - began] if timed else []
         began = _now(device)
         step.draft(batch, length)
+        # Random text gives a lookup nothing to find, and what is not found is not merged: that part is added here.
+        guesses = merge_candidates(
+            [_chain_of_guesses(step, generator)], max_nodes=step.max_nodes, max_depth=step.max_depth
+        )
+        flatten(batch.root_tokens, guesses, to_device([step.max_nodes], device), step.max_nodes)
         draft_times += [_now(device) - began] if timed else []
 
     plain_step = statistics.median(plain_times)
@@ -80,6 +87,13 @@ def _measure(step: SpeculativeStep, slot: int) -> Calibration:
         seconds.append(max(median + overhead, seconds[-1]))
     model = CostModel(rows=tuple(rows), seconds=tuple(seconds), draft_seconds=statistics.median(draft_times))
     return Calibration(plain_step_seconds=plain_step, cost_model=model)
+
+
+def _chain_of_guesses(step: SpeculativeStep, generator: torch.Generator) -> CandidateTree:
+    device, count = step.backbone.device, max(step.max_nodes - 1, 1)
+    tokens = torch.randint(step.backbone.config.vocab_size, (1, count), generator=generator).to(device)
+    index = torch.arange(count, device=device)[None]
+    return CandidateTree(tokens, index - 1, -(index + 1).float(), torch.zeros_like(tokens), source="calibration")
 
 
 def _chain_tree(step: SpeculativeStep, slot: int, num_rows: int, generator: torch.Generator) -> ForwardInputs:
