@@ -11,7 +11,8 @@ import click
 from tqdm import tqdm
 
 from gorgon_cli.generate import decode_utf8
-from gorgon_cli.options import EngineArguments, engine_options, load_engine, sampling_options, speculation_options
+from gorgon_cli.loading import load_engine
+from gorgon_cli.options import EngineArguments, engine_options, sampling_options, speculation_options
 from gorgon_protocol.errors import BadRequestError
 
 if TYPE_CHECKING:

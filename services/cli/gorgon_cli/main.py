@@ -3,6 +3,7 @@
 import os
 import sys
 from importlib import import_module
+from typing import Any
 
 import click
 
@@ -22,6 +23,10 @@ EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 
 
+class _InterruptedError(Exception):
+    """Ctrl-C."""
+
+
 class _LazyGroup(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(_COMMANDS)
@@ -33,6 +38,12 @@ class _LazyGroup(click.Group):
         command = getattr(import_module(module), attribute)
         assert isinstance(command, click.Command)
         return command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:  # before click, which would begin a line of its own
+            raise _InterruptedError from None
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
@@ -62,7 +73,9 @@ def main(arguments: list[str] | None = None) -> None:
     except GorgonError as error:
         _complain(str(error))
         sys.exit(EXIT_ERROR)
-    except (click.Abort, KeyboardInterrupt):
+    except (_InterruptedError, KeyboardInterrupt):
+        if sys.stderr is not None and sys.stderr.isatty():
+            click.echo(err=True)  # the terminal has shown ^C
         _complain("interrupted")
         sys.exit(EXIT_INTERRUPTED)
     except BrokenPipeError:

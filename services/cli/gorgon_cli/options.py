@@ -4,19 +4,18 @@ Nothing here imports the engine before a command runs: torch takes a second that
 wait for. The choices are therefore spelled out; a test holds them equal to the engine's own.
 """
 
-import warnings
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from gorgon_cli.loading import import_engine
 from gorgon_protocol.errors import BadRequestError
 
 if TYPE_CHECKING:
-    from gorgon_engine.engine import Engine, EngineConfig
+    from gorgon_engine.engine import EngineConfig
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -86,6 +85,7 @@ def engine_options(command: F) -> F:
     names = list(EngineArguments.__dataclass_fields__)
 
     def wrapper(**values: Any) -> Any:
+        import_engine()
         arguments = EngineArguments(**{name: values.pop(name) for name in names})
         return command(engine_arguments=arguments, **values)
 
@@ -180,46 +180,6 @@ def speculation_options(command: F) -> F:
                      show_default=True, help="lossless: the tokens of plain decoding. rejection: its distribution. "
                      "typical: faster and LOSSY."),
     )  # fmt: skip
-
-
-def load_engine(arguments: EngineArguments, *, num_slots: int = 1) -> "Engine":
-    """The engine, with its notices on standard error."""
-    from gorgon_engine.engine import Engine
-
-    _silence_libraries()
-    config = arguments.config(num_slots=num_slots)
-    _set_threads(arguments)
-    engine = Engine.load(config)
-    for notice in engine.notices:
-        click.echo(f"gorgon: {notice}", err=True)
-    return engine
-
-
-def _silence_libraries() -> None:
-    """Only our own words reach the user: no progress bars, hints and warnings of the libraries below."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", module=r"(torch|transformers|bitsandbytes)\b")
-
-
-def _set_threads(arguments: EngineArguments) -> None:
-    """Before loading: the engine measures itself there, and must do so on the threads that will serve."""
-    import torch
-
-    from gorgon_engine.kernels.cpu import NativeKernelsUnavailable, set_num_threads
-
-    on_cpu = arguments.device is not None or not torch.cuda.is_available()
-    if arguments.wants_native_kernels and on_cpu:
-        # The native kernels have threads of their own; what is left to torch is too small to share, and its waiting
-        # threads would take the kernels' cores: half of the speed.
-        torch.set_num_threads(1)
-        if arguments.threads is not None:
-            with suppress(NativeKernelsUnavailable):  # loading says what serves instead
-                set_num_threads(arguments.threads)
-    elif arguments.threads is not None:
-        torch.set_num_threads(arguments.threads)
 
 
 def _decorate(wrapper: Callable[..., Any], command: F, *options: Callable[[Any], Any]) -> F:
