@@ -1,10 +1,13 @@
-"""Flattening, merging and masks against plain-Python restatements."""
+"""Flattening, merging and masks against plain-Python restatements, in C++ and in torch."""
+
+from collections.abc import Iterator
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gorgon_engine.tree import tree as tree_module
 from gorgon_engine.tree.candidates import CandidateTree
 from gorgon_engine.tree.tree import (
     MAX_NODES,
@@ -17,6 +20,15 @@ from gorgon_engine.tree.tree import (
 )
 
 Path = tuple[int, ...]
+
+
+@pytest.fixture(scope="module", autouse=True, params=["native", "torch"])
+def implementation(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What this machine chooses, and what one without a compiler does."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "torch":
+            patch.setattr(tree_module, "available_library", lambda: None)
+        yield
 
 
 @st.composite

@@ -1,9 +1,13 @@
-"""Prompt lookup against a plain-Python search of the history."""
+"""Prompt lookup against a plain-Python search of the history, in C++ and in torch."""
 
+from collections.abc import Iterator
+
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gorgon_engine.drafters import ngram
 from gorgon_engine.drafters.base import DraftContext
 from gorgon_engine.drafters.ngram import NgramDrafter, match_lengths
 from gorgon_engine.tree.tree import merge_candidates
@@ -11,6 +15,15 @@ from gorgon_engine.tree.tree import merge_candidates
 # Few tokens, so that suffixes occur again; ragged lengths, in one history tensor with leftovers behind the ends.
 histories = st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=30), min_size=1, max_size=4)
 MAX_MATCH = 5
+
+
+@pytest.fixture(scope="module", autouse=True, params=["native", "torch"])
+def implementation(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What this machine chooses, and what one without a compiler does."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "torch":
+            patch.setattr(ngram, "available_library", lambda: None)
+        yield
 
 
 def make_context(rows: list[list[int]], *, junk: int = 0) -> DraftContext:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from gorgon_engine.drafters.base import DraftContext
+from gorgon_engine.kernels.cpu.library import available_library
+from gorgon_engine.kernels.cpu.lookup import lookup
 from gorgon_engine.tree.candidates import CandidateTree
 
 # P(next token right | length of the match, drafts before it right). Rows: matches of at least 1, 2, 3, 4, 5, 7 tokens;
@@ -39,19 +41,30 @@ class NgramDrafter:
         self.num_chains = num_chains
         self.depth = depth
         # Made once: a constant made during a step would be a synchronising copy on a GPU.
-        self._classes = torch.tensor(MATCH_CLASSES, device=device)
-        self._log_confidence = torch.tensor(_CONFIDENCE, device=device).log()
+        match = torch.arange(max_match + 1)
+        row = (torch.searchsorted(torch.tensor(MATCH_CLASSES), match, right=True) - 1).clamp(min=0)
+        self._log_confidence = torch.tensor(_CONFIDENCE)[row].log().to(device)  # [1 + max_match, 3], by match length
 
     def propose(self, context: DraftContext, max_nodes: int) -> CandidateTree:
+        """As `Drafter.propose`. Chains that were not found, and what lies behind the known text, are padding."""
+        depth = min(self.depth, max_nodes)
+        num_chains = min(self.num_chains, context.history.shape[1], max(1, max_nodes // depth))
+        library = available_library() if context.history.device.type == "cpu" else None
+        if library is None:
+            return self.propose_reference(context, num_chains, depth)
+        history, lengths = context.history.contiguous(), context.history_lengths
+        chains = lookup(library, history, lengths, self._log_confidence, num_chains=num_chains, depth=depth)
+        return CandidateTree(**chains._asdict(), source=self.name)
+
+    def propose_reference(self, context: DraftContext, num_chains: int, depth: int) -> CandidateTree:
+        """`num_chains` chains of `depth` candidates, in tensor operations on any device."""
         history, lengths = context.history, context.history_lengths
         batch, num_positions = history.shape
-        depth = min(self.depth, max_nodes)
-        chains = min(self.num_chains, num_positions, max(1, max_nodes // depth))
         device = history.device
         matched = match_lengths(history, lengths, self.max_match)  # [B, S]
         position = torch.arange(num_positions, device=device)
         # Longest match first, the most recent of equals: one key that sorts both ways.
-        best = torch.topk(matched * num_positions + position, chains, dim=1).values  # [B, A]
+        best = torch.topk(matched * num_positions + position, num_chains, dim=1).values  # [B, A]
         ends, match = best % num_positions, best // num_positions
 
         step = torch.arange(1, depth + 1, device=device)
@@ -59,13 +72,12 @@ class NgramDrafter:
         known = (source < lengths[:, None, None]) & (match > 0)[:, :, None]
         source = source.clamp(max=num_positions - 1).flatten(1)
         tokens = history.gather(1, source)  # [B, A * D]
-        row = (torch.searchsorted(self._classes, match, right=True) - 1).clamp(min=0)
-        first, later, further = self._log_confidence[row].unbind(dim=2)  # [B, A]
+        first, later, further = self._log_confidence[match].unbind(dim=2)  # [B, A]
         # Chains that begin like the first are joined with it, at its confidence; where they part, theirs counts.
         first = torch.cat([first[:, :1], further[:, 1:]], dim=1)
         log_probs = first[:, :, None] + later[:, :, None] * (step - 1)
         log_probs = log_probs.masked_fill(~known, -torch.inf)
-        index = torch.arange(chains * depth, device=device).expand(batch, -1)
+        index = torch.arange(num_chains * depth, device=device).expand(batch, -1)
         parents = torch.where(index % depth == 0, -1, index - 1)
         return CandidateTree(
             tokens=tokens,

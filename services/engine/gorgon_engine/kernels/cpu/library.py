@@ -90,6 +90,9 @@ class NativeLibrary:
         self._declare("gorgon_linear", ctypes.c_int, ctypes.POINTER(PackedMatrix), pointer, ctypes.c_int64, pointer)
         shape = (ctypes.c_int64, ctypes.c_int64)
         self._declare("gorgon_gumbel_argmax", None, pointer, *shape, pointer, pointer, ctypes.c_int32, pointer)
+        self._declare("gorgon_top_log_probs", ctypes.c_int, pointer, *shape, ctypes.c_int64, pointer, pointer)
+        for name in ("gorgon_lookup", "gorgon_merge_candidates", "gorgon_flatten"):
+            self._declare(name, ctypes.c_char_p, pointer)
         self._declare("gorgon_model_create", pointer, ctypes.POINTER(ModelConfig))
         self._declare("gorgon_model_destroy", None, pointer)
         self._declare("gorgon_model_forward", ctypes.c_char_p, pointer, ctypes.POINTER(ForwardArgs))
@@ -121,6 +124,15 @@ def load_library(extra_flags: tuple[str, ...] = ()) -> NativeLibrary:
     return NativeLibrary(build_library(extra_flags))
 
 
+@cache
+def available_library() -> NativeLibrary | None:
+    """The library, or None for good where it cannot be used: for work that torch can do as well, only slower."""
+    try:
+        return load_library()
+    except NativeKernelsUnavailable:
+        return None
+
+
 def set_num_threads(count: int) -> None:
     load_library().set_num_threads(count)
 
@@ -145,7 +157,7 @@ def describe(tensor: Tensor) -> str:
 
 def check(name: str, tensor: Tensor, shape: Sequence[int], dtype: torch.dtype) -> int:
     """The address of a tensor that is exactly what a kernel will take it for."""
-    if tensor.dtype != dtype or tuple(tensor.shape) != tuple(shape) or tensor.device.type != "cpu":
+    if tensor.dtype != dtype or tensor.shape != tuple(shape) or not tensor.is_cpu:
         raise ValueError(f"{name} must be {dtype} {list(shape)} on cpu, not {describe(tensor)}")
     if not tensor.is_contiguous():
         raise ValueError(f"{name} must be contiguous, not strided {tensor.stride()}")
@@ -245,6 +257,11 @@ class PackedLinear:
         if code != 0:
             raise MemoryError(f"no memory for {rows} rows of {self.in_features} activations")
         return out
+
+    def select_outputs(self, rows: Tensor) -> PackedLinear:
+        """A copy that computes the given outputs [n] int64 only, in their order. Bit for bit the same values."""
+        bias = None if self._bias is None else self._bias[rows]
+        return PackedLinear.pack(self.dequantized()[rows], bias, self.kind, library=self.library)
 
     def dequantized(self) -> Tensor:
         """The weights as the product sees them, fp32 [out, in]."""

@@ -1,0 +1,136 @@
+"""Time of what a step does around its forward pass on a CPU: drafting, merging and laying out, torch against C++.
+
+    python benchmarks/kernels/cpu_drafting.py
+
+Both sides of all cases take turns within each round and the medians are printed, so that a noisy machine blurs all of
+them alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from gorgon_engine.drafters.base import DraftContext
+from gorgon_engine.drafters.ngram import NgramDrafter
+from gorgon_engine.kernels.cpu import load_library
+from gorgon_engine.kernels.cpu.drafting import top_log_probs
+from gorgon_engine.tree.candidates import CandidateTree
+from gorgon_engine.tree.tree import flatten, flatten_reference, merge_candidates, merge_reference
+
+NUM_CANDIDATES = 31
+MAX_DEPTH = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    name: str
+    torch: Callable[[], object]
+    native: Callable[[], object]
+
+
+def top_case(rows: int, vocab_size: int, k: int) -> Case:
+    """Against the fastest that torch has, which leaves ties to chance."""
+    logits = torch.randn(rows, vocab_size) * 3
+    return Case(
+        f"top {k} log-probabilities of [{rows}, {vocab_size}]",
+        lambda: torch.log_softmax(logits, dim=1).topk(k, dim=1),
+        lambda: top_log_probs(logits, k),
+    )
+
+
+def lookup_case(length: int) -> Case:
+    history = torch.randint(200, (1, length))
+    context = DraftContext(
+        root_tokens=history[:, -1],
+        hidden=torch.zeros(1, 1),
+        history=history,
+        history_lengths=torch.tensor([length]),
+        seeds=torch.zeros(1, dtype=torch.int64),
+    )
+    drafter = NgramDrafter()
+    num_chains = NUM_CANDIDATES // drafter.depth
+    return Case(
+        f"lookup in a history of {length}",
+        lambda: drafter.propose_reference(context, num_chains, drafter.depth),
+        lambda: drafter.propose(context, NUM_CANDIDATES),
+    )
+
+
+def random_forest(source: str) -> CandidateTree:
+    """Children drawn from few tokens, so that the drafters agree on some paths."""
+    parents = torch.tensor([[int(torch.randint(-1, node, ())) if node else -1 for node in range(NUM_CANDIDATES)]])
+    log_probs = torch.zeros(1, NUM_CANDIDATES)
+    for node, parent in enumerate(parents[0].tolist()):
+        log_probs[0, node] = (log_probs[0, parent] if parent >= 0 else 0.0) - torch.rand(())
+    tokens = torch.randint(6, parents.shape)
+    return CandidateTree(tokens, parents, log_probs, torch.zeros_like(tokens), source=source)
+
+
+def tree_cases() -> list[Case]:
+    forests = [random_forest("head"), random_forest("lookup")]
+    limits = {"max_nodes": NUM_CANDIDATES + 1, "max_depth": MAX_DEPTH}
+    merged = merge_candidates(forests, **limits)
+    root, num_nodes = torch.tensor([7]), torch.tensor([NUM_CANDIDATES + 1])
+    width = NUM_CANDIDATES + 1
+    return [
+        Case(
+            f"merge 2 x {NUM_CANDIDATES} candidates",
+            lambda: merge_reference(forests, **limits),
+            lambda: merge_candidates(forests, **limits),
+        ),
+        Case(
+            f"lay out {width} nodes",
+            lambda: flatten_reference(root, merged, num_nodes, width),
+            lambda: flatten(root, merged, num_nodes, width),
+        ),
+    ]
+
+
+def microseconds(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    return (time.perf_counter() - start) * 1e6
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=500)
+    parser.add_argument("--k", type=int, default=10)
+    parser.add_argument("--threads", type=int)
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    library = load_library()
+    if options.threads:
+        library.set_num_threads(options.threads)
+        torch.set_num_threads(options.threads)
+    print(f"instruction set {library.instruction_set}, {library.num_threads} threads, load {os.getloadavg()[0]:.1f}")
+
+    cases = [top_case(rows, vocab, options.k) for vocab in (16384, 49152, 128256) for rows in (1, 4)]
+    cases += [*(lookup_case(length) for length in (1000, 8000)), *tree_cases()]
+    samples: dict[tuple[str, str], list[float]] = {}
+    for round_index in range(options.rounds + 5):
+        for case in cases:
+            for side in ("torch", "native"):
+                function = getattr(case, side)
+                function()  # the side before it has left the caches, and its threads, to themselves
+                taken = microseconds(function)
+                if round_index >= 5:
+                    samples.setdefault((case.name, side), []).append(taken)
+
+    print(f"{'median (least), microseconds':44} {'torch':>16} {'native':>16}")
+    for case in cases:
+        columns = [samples[case.name, side] for side in ("torch", "native")]
+        cells = "".join(f"{statistics.median(times):9.0f} ({min(times):5.0f})" for times in columns)
+        print(f"{case.name:44} {cells}  x{statistics.median(columns[0]) / statistics.median(columns[1]):.1f}")
+
+
+if __name__ == "__main__":
+    main()
