@@ -70,9 +70,9 @@ class KVCache:
         self.keys[layer][index, :, position] = keys.to(self.keys.dtype)
         self.values[layer][index, :, position] = values.to(self.values.dtype)
 
-    def append(self, slot: int, num_rows: int) -> None:
-        """Commit the first `num_rows` scratch rows in place: what prefill does."""
-        self.lengths[slot] += num_rows
+    def append(self, slots: int | Tensor, num_rows: int | Tensor) -> None:
+        """Commit the first `num_rows` scratch rows of a slot, or of each of several different ones, in place."""
+        self.lengths[slots] += num_rows
 
     def commit(self, slots: Tensor, path: Tensor, num_committed: Tensor) -> None:
         """Keep one branch of each sequence's tree and drop the rest.

@@ -10,13 +10,12 @@ Letters: R rows (one sequence each), V vocabulary.
 
 import math
 from dataclasses import dataclass, field, fields, replace
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gorgon_engine.kernels.cpu import NativeKernelsUnavailable, NativeLibrary, load_library
+from gorgon_engine.kernels.cpu.library import available_library
 from gorgon_engine.kernels.cpu.sampling import gumbel_argmax
 from gorgon_engine.random import Stream, gumbel_noise
 from gorgon_protocol.errors import BadRequestError
@@ -143,6 +142,27 @@ class SamplingBatch:
             any_filter=any(p.filtered and not p.greedy for p in params),
         )
 
+    @classmethod
+    def of_temperatures(cls, temperature: Tensor, seeds: Tensor, *, vocab_size: int) -> "SamplingBatch":
+        """Rows that differ in temperature [R] float32 (0 = greedy) and seed [R] int64 alone. No value is looked at."""
+        ones, zeros = torch.ones_like(temperature), torch.zeros_like(temperature)
+        return cls(
+            temperature=temperature,
+            top_p=ones,
+            top_k=torch.zeros_like(seeds),
+            min_p=zeros,
+            repetition_penalty=ones,
+            presence_penalty=zeros,
+            frequency_penalty=zeros,
+            seeds=seeds,
+            vocab_size=vocab_size,
+            bias=None,
+            greedy=temperature == 0.0,
+            all_greedy=False,
+            any_penalty=False,
+            any_filter=False,
+        )
+
     def repeat(self, times: int) -> "SamplingBatch":
         """Every row `times` times in a row: [R] -> [R * times]."""
         changed: dict[str, Any] = {
@@ -220,16 +240,14 @@ def sample(logits: Tensor, batch: SamplingBatch, positions: Tensor) -> Tensor:
     """One token a row from processed logits [R, V] at absolute positions [R] -> [R] int64. Ties: the lowest id."""
     if batch.all_greedy:
         return logits.argmax(dim=1)
-    if logits.device.type == "cpu" and (library := _native_library()) is not None:
+    if logits.device.type == "cpu" and (library := available_library()) is not None:
         drawn = gumbel_argmax(library, logits.contiguous(), batch.seeds, positions.contiguous(), Stream.TARGET)
         return torch.where(batch.greedy, logits.argmax(dim=1), drawn)
+    if logits.device.type == "cuda":
+        from gorgon_engine.kernels.triton.gumbel_argmax import gumbel_argmax as fused_gumbel_argmax
+
+        # The logits are at their temperature already: 1 draws from them as they are, 0 takes the largest.
+        ones_and_zeros = torch.where(batch.greedy, 0.0, 1.0)
+        return fused_gumbel_argmax(logits.contiguous(), ones_and_zeros, batch.seeds, positions, Stream.TARGET)
     noise = gumbel_noise(batch.seeds, positions, logits.shape[1])
     return torch.where(batch.greedy[:, None], logits, logits + noise).argmax(dim=1)
-
-
-@cache
-def _native_library() -> NativeLibrary | None:
-    try:
-        return load_library()
-    except NativeKernelsUnavailable:
-        return None
