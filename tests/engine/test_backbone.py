@@ -212,6 +212,78 @@ def test_only_wanted_logits_are_computed(tmp_path: Path) -> None:
     assert torch.equal(shapes[LogitsFor.LAST][0, 0], shapes[LogitsFor.ALL][0, 4])
 
 
+@pytest.mark.parametrize("kernels", [Kernels.TORCH, Kernels.NATIVE])
+def test_each_sequence_has_the_logits_of_its_own_last_row(kernels: Kernels, tmp_path: Path) -> None:
+    """Prompts of different lengths in one pass, the shorter ones padded behind."""
+    backbone, _ = load_backbone(tiny_llama(tmp_path), BackboneOptions(dtype=torch.float32, kernels=kernels))
+    generator = torch.Generator().manual_seed(2)
+    num_rows = torch.tensor([5, 1, 7, 3])
+    tokens = torch.randint(67, (4, 7), generator=generator)
+    cache = make_cache(backbone, slots=4)
+    inputs = ForwardInputs(
+        tokens=tokens,
+        depths=torch.arange(7).expand(4, -1),
+        slots=torch.tensor([cache.acquire() for _ in range(4)]),
+        lengths=torch.zeros(4, dtype=torch.int64),
+        num_rows=num_rows,
+        prompt_lengths=num_rows,
+        max_positions=7,
+    )
+    last = backbone.forward(inputs, cache, logits_for=LogitsFor.LAST)
+    every = backbone.forward(inputs, cache)
+    assert last.logits.shape == (4, 1, 67)
+    assert last.hidden.shape == (4, 7, backbone.config.hidden_size)
+    for row, count in enumerate(num_rows.tolist()):
+        torch.testing.assert_close(last.logits[row, 0], every.logits[row, count - 1], atol=1e-4, rtol=1e-4)
+        alone = run_chunks(backbone, tokens[row, :count], chunk=7)[-1]
+        torch.testing.assert_close(last.logits[row, 0], alone, atol=1e-4, rtol=1e-4)
+        if backbone.row_invariant:
+            assert torch.equal(last.logits[row, 0], alone)
+
+
+EVERY_BACKBONE = {
+    "native-fp32": BackboneOptions(dtype=torch.float32, kernels=Kernels.NATIVE, device="cpu"),
+    "native-bf16": BackboneOptions(dtype=torch.bfloat16, kernels=Kernels.NATIVE, device="cpu"),
+    "native-int8": BackboneOptions(quantization=Quantization.INT8, kernels=Kernels.NATIVE, device="cpu"),
+    "torch-float32": BackboneOptions(dtype=torch.float32, kernels=Kernels.TORCH, device="cpu"),
+    "torch-bfloat16": BackboneOptions(dtype=torch.bfloat16, kernels=Kernels.TORCH, device="cpu"),
+    "torch-int8": BackboneOptions(quantization=Quantization.INT8, kernels=Kernels.TORCH, device="cpu"),
+    "torch-nf4": BackboneOptions(quantization=Quantization.NF4, kernels=Kernels.TORCH, device="cpu"),
+}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("name", EVERY_BACKBONE)
+def test_heads_can_borrow_both_ends_of_a_backbone(name: str, tied: bool, tmp_path: Path) -> None:
+    """`embed` gives the checkpoint's rows, `project_to` the outputs of `project` for some tokens alone."""
+    torch.manual_seed(3)
+    shape = SHAPE | {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 128}
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**shape, tie_word_embeddings=tied)).eval()
+    model.save_pretrained(tmp_path)
+    backbone, _ = load_backbone(tmp_path, EVERY_BACKBONE[name])
+    assert backbone.kernels == name
+    narrow = name not in ("native-fp32", "torch-float32", "torch-int8")
+    tokens = torch.randint(61, (3, 2, 4), generator=torch.Generator().manual_seed(5))
+    expected = model.model.embed_tokens.weight.detach()[tokens]
+    embedded = backbone.embed(tokens)
+    assert embedded.dtype == (torch.bfloat16 if name in ("torch-bfloat16", "torch-nf4") else torch.float32)
+    assert torch.equal(embedded.float(), expected.bfloat16().float() if narrow else expected)
+
+    said = torch.tensor([60, 3, 4, 4, 17, 0, 33])
+    project = backbone.project_to(said)
+    assert (backbone.lm_head.in_features, backbone.lm_head.out_features) == (64, 61)
+    generator = torch.Generator().manual_seed(6)
+    for hidden in (torch.randn(64, generator=generator), torch.randn(2, 3, 128, generator=generator)[..., 10:74]):
+        whole = backbone.project(hidden)
+        assert whole.shape == (*hidden.shape[:-1], 61)
+        some = project(hidden)
+        assert some.shape == (*hidden.shape[:-1], 7)
+        if backbone.row_invariant or name == "torch-int8":
+            assert torch.equal(some, whole[..., said])
+        else:  # a library may order a smaller product's sums in another way
+            torch.testing.assert_close(some, whole[..., said])
+
+
 def test_choices_that_cannot_be_are_refused(tmp_path: Path) -> None:
     folder = tiny_llama(tmp_path)
     with pytest.raises(BadRequestError, match="native kernels run int8 and unquantised models on a CPU: got nf4"):

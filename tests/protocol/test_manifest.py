@@ -37,6 +37,9 @@ def test_the_golden_manifest_reads_and_writes_the_same() -> None:
     assert parse(manifest.to_json()) == manifest
 
 
+HYDRA: dict[str, Any] = {"family": "hydra", "offsets": [2, 3, 4, 5]}
+
+
 @pytest.mark.parametrize(
     ("offsets", "expected"),
     [((1, 2, 3, 4), (1, 2, 3)), ((2, 3, 4, 5), (0, 1, 2, 3)), ((1, 2, 4, 5), (1,)), ((1, 3, 4, 5), ())],
@@ -48,8 +51,32 @@ def test_each_depth_is_guessed_by_the_head_one_further(offsets: tuple[int, ...],
 
 
 def test_what_is_optional_may_be_left_out() -> None:
-    manifest = parse(changed(training=..., accuracies=..., recommended_tree=...))
+    manifest = parse(changed(training=..., accuracies=..., recommended_tree=..., draft_vocab_size=...))
     assert (manifest.training, manifest.accuracies, manifest.recommended_tree) == (None, None, None)
+    assert manifest.draft_vocab_size is None
+
+
+def test_a_manifest_of_before_the_hydra_family_still_reads() -> None:
+    later = ("projection_bias", "normalised", "residual", "draft_vocab_size", "family")
+    manifest = parse(changed(**dict.fromkeys(later, ...)))
+    assert (manifest.family, manifest.residual) == ("medusa", "hidden")
+    assert not manifest.projection_bias
+    assert not manifest.normalised
+
+
+def test_rows_of_a_projection_are_the_tokens_that_can_be_drafted() -> None:
+    assert parse(GOLDEN).num_draft_tokens == 16384
+    assert parse(changed(draft_vocab_size=None)).num_draft_tokens == 49152
+    assert parse(changed(draft_vocab_size=49152)).num_draft_tokens == 49152
+
+
+@pytest.mark.parametrize("residual", ["hidden", "matrix"])
+@pytest.mark.parametrize("normalised", [True, False])
+def test_hydra_heads_have_settings_of_their_own(residual: str, normalised: bool) -> None:
+    values = HYDRA | {"residual": residual, "normalised": normalised}
+    manifest = parse(changed(**values, projection="own", projection_bias=True))
+    assert manifest.tree_heads == (0, 1, 2, 3)
+    assert parse(manifest.to_json()) == manifest
 
 
 @pytest.mark.parametrize(
@@ -66,7 +93,7 @@ def test_what_is_optional_may_be_left_out() -> None:
         (changed(name="../escape"), "name: String should match"),
         (changed(version="1\n"), "version: String should match"),
         (changed(version=""), "version: String should match"),
-        (changed(family="hydra"), "family: Input should be 'medusa'"),
+        (changed(family="eagle"), "family: Input should be 'medusa' or 'hydra'"),
         (changed(projection="tied"), "projection: Input should be"),
         (changed(dtype="int8"), "dtype: Input should be"),
         (changed(hidden_size="576"), "hidden_size: Input should be a valid integer"),
@@ -87,6 +114,15 @@ def test_what_is_optional_may_be_left_out() -> None:
         (changed(backbone={"identity": "abc", "name": "x"}), "backbone.identity: String should match"),
         (changed(files={"../heads.safetensors": {"sha256": "0" * 64, "size": 1}}), "files"),
         (changed(files={"heads.safetensors": {"sha256": "0" * 64, "size": -1}}), "size: Input should be greater"),
+        (changed(draft_vocab_size=0), "draft_vocab_size: Input should be greater"),
+        (changed(draft_vocab_size=49153), "draft_vocab_size 49153 is larger than vocab_size 49152"),
+        (changed(normalised=True), "normalised is a setting of hydra heads, not of medusa heads"),
+        (changed(residual="matrix"), "residual is a setting of hydra heads, not of medusa heads"),
+        (changed(projection="own", projection_bias=True), "projection_bias is a setting of hydra heads"),
+        (changed(**HYDRA, projection_bias=True), "projection_bias needs projections of the heads' own"),
+        (changed(**HYDRA, residual="none"), "residual: Input should be 'hidden' or 'matrix'"),
+        (changed(family="hydra"), r"offsets of hydra heads must be 2 to 5, .*: got \[1, 2, 3, 4\]"),
+        (changed(**HYDRA | {"offsets": [2, 3, 5, 6]}), r"offsets of hydra heads must be 2 to 5, .* \[2, 3, 5, 6\]"),
         (changed(training={"data": "x", "figures": {"loss": "low"}}), "training.figures.loss"),
     ],
 )

@@ -7,7 +7,9 @@
     │   └── ModelNotFoundError
     ├── HeadsError               draft heads cannot be read or do not fit the backbone
     ├── CapacityError            no room for this now (KV cache slots or positions)
-    └── FetchError               a download failed, was refused or does not match its checksum
+    ├── FetchError               a download failed, was refused or does not match its checksum
+    └── TrainingError            a training job cannot start, go on or end
+        └── DataError            training data is missing, damaged, of another run or empty
 
 Every message names the thing and, where there is one, the remedy.
 """
@@ -47,3 +49,11 @@ class CapacityError(GorgonError):
 
 class FetchError(GorgonError):
     code = "fetch_failed"
+
+
+class TrainingError(GorgonError):
+    code = "training_error"
+
+
+class DataError(TrainingError):
+    code = "data_error"

@@ -56,7 +56,7 @@ class HeadsManifest(_Frozen):
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
-    family: Literal["medusa"] = "medusa"
+    family: Literal["medusa", "hydra"] = "medusa"
     name: Name
     version: Name
     backbone: BackboneReference
@@ -66,6 +66,14 @@ class HeadsManifest(_Frozen):
     offsets: tuple[Annotated[int, Field(ge=1)], ...]
     num_blocks: int = Field(ge=1, le=64, description="residual blocks a head")
     projection: Literal["own", "shared"] = Field(description="to the vocabulary: a weight a head, or the backbone's")
+    projection_bias: bool = Field(default=False, description="hydra: own projections have a bias")
+    normalised: bool = Field(default=False, description="hydra: RMSNorm of every input and before the projection")
+    residual: Literal["hidden", "matrix"] = Field(
+        default="hidden", description="hydra: what a head adds to: the hidden state, or a matrix of all its inputs"
+    )
+    draft_vocab_size: int | None = Field(
+        default=None, ge=1, description="tokens that can be drafted, listed in the tensor draft_vocabulary; None = all"
+    )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(description="of the stored tensors")
     quantization: Literal["none", "nf4", "int8"] = Field(description="of the backbone while training")
     training: TrainingRecord | None = None
@@ -110,6 +118,28 @@ class HeadsManifest(_Frozen):
 
     def to_json(self) -> bytes:
         return self.model_dump_json(indent=2).encode() + b"\n"
+
+    @property
+    def num_draft_tokens(self) -> int:
+        """Rows of a projection: the whole vocabulary, or the part of it that can be drafted."""
+        return self.draft_vocab_size or self.vocab_size
+
+    @model_validator(mode="after")
+    def _check_family(self) -> Self:
+        if self.draft_vocab_size is not None and self.draft_vocab_size > self.vocab_size:
+            raise ValueError(f"draft_vocab_size {self.draft_vocab_size} is larger than vocab_size {self.vocab_size}")
+        if self.family == "hydra" and self.offsets != tuple(range(2, self.num_heads + 2)):
+            raise ValueError(
+                f"offsets of hydra heads must be 2 to {self.num_heads + 1}, each head behind the one before: "
+                f"got {list(self.offsets)}"
+            )
+        if self.family == "medusa":
+            for name in ("projection_bias", "normalised", "residual"):
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(f"{name} is a setting of hydra heads, not of medusa heads")
+        if self.projection_bias and self.projection == "shared":
+            raise ValueError("projection_bias needs projections of the heads' own: the backbone's has none")
+        return self
 
     @model_validator(mode="after")
     def _check_offsets(self) -> Self:

@@ -1,5 +1,6 @@
 """From options to drafters, on a real backbone and real checkpoint folders; and heads in the step: still exact."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,21 @@ import torch
 from gorgon_engine.acceptance import AcceptanceRule
 from gorgon_engine.backbone.base import Backbone
 from gorgon_engine.backbone.select import BackboneOptions, Kernels, load_backbone
+from gorgon_engine.drafters import select
 from gorgon_engine.drafters.base import DraftContext, Drafter
+from gorgon_engine.drafters.heads import HeadsDrafter
+from gorgon_engine.drafters.hydra import HydraDrafter
+from gorgon_engine.drafters.ngram import NgramDrafter
 from gorgon_engine.drafters.select import DrafterKind, HeadsTree, make_drafters
-from gorgon_engine.heads.checkpoint import save_heads
+from gorgon_engine.heads.bundled import bundled_heads
+from gorgon_engine.heads.checkpoint import load_heads, save_heads
+from gorgon_engine.heads.families import family_fields
+from gorgon_engine.heads.hydra import HydraHeads, HydraShape
 from gorgon_engine.heads.medusa import MedusaHeads
+from gorgon_engine.heads.native import pack_for_cpu
 from gorgon_engine.kv_cache import KVCache
 from gorgon_engine.models.identity import backbone_identity
+from gorgon_engine.models.loading import Quantization
 from gorgon_engine.sampling import SamplingBatch, SamplingParams
 from gorgon_engine.step import SpeculativeStep, Wanted
 from gorgon_protocol.errors import BadRequestError, HeadsError
@@ -99,7 +109,8 @@ def test_every_choice_makes_its_drafters(
 
 @pytest.mark.parametrize("kind", [DrafterKind.HEADS, DrafterKind.BOTH])
 def test_heads_that_are_wanted_must_be_given(backbone: Backbone, folder: Path, kind: DrafterKind) -> None:
-    with pytest.raises(BadRequestError, match=f"drafter {kind} needs trained heads: give their folder with --heads"):
+    message = f"drafter {kind} needs trained heads, and none come with the program for this model: give their folder"
+    with pytest.raises(BadRequestError, match=message):
         make(None, backbone, folder, kind)
 
 
@@ -247,3 +258,183 @@ def decode(backbone: Backbone, drafters: list[Drafter], sampling: SamplingParams
         tokens += result.tokens[0]
         accepted += len(result.tokens[0]) - 1
     return tokens[:32], accepted
+
+
+def publish_hydra(store: Path, folder: Path, backbone: Backbone, *, reduced: bool = True, **values: Any) -> Path:
+    """Random hydra heads of the tiny backbone, with or without a reduced drafting vocabulary; the folder in a store."""
+    torch.manual_seed(8)
+    heads = HydraHeads(HydraShape(hidden_size=backbone.config.hidden_size, num_heads=3, num_blocks=2))
+    for name, parameter in heads.named_parameters():
+        torch.nn.init.normal_(parameter, mean=float(name == "norm"), std=0.2)
+    said = torch.arange(1, VOCAB, 2) if reduced else None
+    fields: dict[str, Any] = {
+        "name": "chain",
+        "version": "1",
+        "backbone": BackboneReference(identity=backbone_identity(folder), name="Tiny"),
+        "vocab_size": backbone.config.vocab_size,
+        "offsets": (2, 3, 4),
+        "draft_vocab_size": None if said is None else said.numel(),
+        "dtype": "float32",
+        "quantization": "none",
+    }
+    manifest = HeadsManifest(**(fields | family_fields(heads) | values))
+    save_heads(store / "tiny" / "chain@1", heads, manifest, draft_vocabulary=said)
+    (store / "tiny" / "latest").write_text("chain@1\n")
+    return store / "tiny"
+
+
+class TestHydra:
+    native = (
+        BackboneOptions(dtype=torch.float32, kernels=Kernels.NATIVE, device="cpu"),
+        BackboneOptions(quantization=Quantization.INT8, kernels=Kernels.NATIVE, device="cpu"),
+    )
+    portable = (
+        BackboneOptions(dtype=torch.float32, kernels=Kernels.TORCH, device="cpu"),
+        BackboneOptions(dtype=torch.bfloat16, kernels=Kernels.TORCH, device="cpu"),
+        BackboneOptions(quantization=Quantization.INT8, kernels=Kernels.TORCH, device="cpu"),
+    )
+
+    @pytest.mark.parametrize("reduced", [True, False])
+    @pytest.mark.parametrize("options", native + portable)
+    def test_heads_run_as_the_backbone_does(
+        self, tmp_path: Path, folder: Path, options: BackboneOptions, reduced: bool
+    ) -> None:
+        """On native kernels in the backbone's packed precision, to the bit; elsewhere in torch's float32."""
+        served, _ = load_backbone(folder, options)
+        heads = publish_hydra(tmp_path, folder, served, reduced=reduced)
+        (drafter,), _ = make(heads, served, folder)
+        loaded = load_heads(heads / "chain@1", backbone_identity=backbone_identity(folder), config=served.config,
+                            quantization="none", device=CPU, dtype=torch.float32)  # fmt: skip
+        assert isinstance(loaded.heads, HydraHeads)
+        said = loaded.draft_vocabulary
+        unpacked = HydraHeads(loaded.heads.shape)
+        unpacked.load_state_dict(loaded.heads.state_dict())
+        trees = []
+        for heads_as_run in (pack_for_cpu(loaded.heads, served), unpacked):
+            expected = HydraDrafter(
+                heads_as_run.requires_grad_(False),
+                embed=served.embed,
+                project=served.project if said is None else served.project_to(said),
+                draft_vocabulary=said,
+                limits=select._CPU_LIMITS,
+            )
+            trees.append(expected.propose(make_context(served), 15))
+        tree = drafter.propose(make_context(served), 15)
+        for name in ("tokens", "parents", "ranks", "log_probs"):
+            assert torch.equal(getattr(tree, name), getattr(trees[0], name))
+        in_torch = options.kernels is Kernels.TORCH
+        assert torch.equal(tree.log_probs, trees[1].log_probs) == in_torch, "packed where the backbone is"
+        first, unpacked_first = (forest.log_probs[:, 0] for forest in (tree, trees[1]))
+        torch.testing.assert_close(first, unpacked_first, atol=0.2, rtol=0.0)
+        if said is not None:
+            assert torch.isin(tree.tokens[tree.log_probs > -torch.inf], said).all()
+
+    @pytest.mark.parametrize(
+        ("tree", "values", "paths"),
+        [
+            (HeadsTree.CARTESIAN, {}, [(0,), (1,), (2,), (3,), (0, 0), (0, 1)]),
+            (HeadsTree.SPARSE, {"recommended_tree": ((1,), (1, 0), (0,))}, [(1,), (1, 0), (0,)]),
+            # All of its heads are of the tree: none repeats the root.
+            (HeadsTree.SPARSE, {"accuracies": ((0.5, 0.2), (0.5, 0.1), (0.6, 0.1))},
+             [(0,), (0, 0), (1,), (0, 0, 0), (1, 0)]),
+        ],
+    )  # fmt: skip
+    def test_fixed_trees(
+        self,
+        tmp_path: Path,
+        backbone: Backbone,
+        folder: Path,
+        tree: HeadsTree,
+        values: dict[str, Any],
+        paths: list[tuple[int, ...]],
+    ) -> None:
+        heads = publish_hydra(tmp_path, folder, backbone, **values)
+        (drafter,), _ = make(heads, backbone, folder, tree=tree)
+        forest = drafter.propose(make_context(backbone), 127)
+        got: list[tuple[int, ...]] = []
+        for parent, rank in zip(forest.parents[0].tolist(), forest.ranks[0].tolist(), strict=True):
+            got.append((*(got[parent] if parent >= 0 else ()), rank))
+        assert got[: len(paths)] == paths
+
+    @pytest.mark.parametrize("tree", list(HeadsTree))
+    def test_drawn_drafts_are_refused(self, tmp_path: Path, backbone: Backbone, folder: Path, tree: HeadsTree) -> None:
+        heads = publish_hydra(tmp_path, folder, backbone, accuracies=((0.5,), (0.4,), (0.3,)))
+        with pytest.raises(BadRequestError, match="need heads of the medusa family: these are hydra heads"):
+            make(heads, backbone, folder, tree=tree, draw=True)
+
+    @pytest.mark.parametrize("tree", list(HeadsTree))
+    @pytest.mark.parametrize("sampling", [SamplingParams(), SamplingParams(temperature=0.8, seed=3)])
+    @pytest.mark.parametrize("options", native)
+    def test_speculation_says_what_plain_decoding_says(
+        self, tmp_path: Path, folder: Path, options: BackboneOptions, tree: HeadsTree, sampling: SamplingParams
+    ) -> None:
+        native, _ = load_backbone(folder, options)
+        heads = publish_hydra(tmp_path, folder, native, accuracies=((0.5,), (0.4,), (0.3,)))
+        drafters, _ = make(heads, native, folder, DrafterKind.BOTH, tree=tree)
+        assert decode(native, drafters, sampling)[0] == decode(native, [], sampling)[0]
+
+
+class TestBundled:
+    """Heads that come with the program serve where nobody chose others."""
+
+    @pytest.fixture
+    def store(self, tmp_path: Path, folder: Path, backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> Path:
+        store = tmp_path / "bundled"
+        publish_hydra(store, folder, backbone, quantization="nf4")
+        monkeypatch.setattr(select, "bundled_heads", partial(bundled_heads, store=store))
+        return store
+
+    @pytest.mark.parametrize(
+        ("kind", "names"),
+        [
+            (None, ["head", "lookup"]),
+            (DrafterKind.BOTH, ["head", "lookup"]),
+            (DrafterKind.HEADS, ["head"]),
+            (DrafterKind.NGRAM, ["lookup"]),
+            (DrafterKind.NONE, []),
+        ],
+    )
+    @pytest.mark.usefixtures("store")
+    def test_who_guesses(self, backbone: Backbone, folder: Path, kind: DrafterKind | None, names: list[str]) -> None:
+        """They were trained in NF4 and are served in float32: nothing to say about what nobody chose."""
+        drafters, notices = make(None, backbone, folder, kind)
+        assert [drafter.name for drafter in drafters] == names
+        assert ("head" in names) == any(isinstance(drafter, HydraDrafter) for drafter in drafters)
+        assert notices == []
+
+    def test_chosen_heads_go_first_and_their_precision_is_said(
+        self, store: Path, tmp_path: Path, backbone: Backbone, folder: Path
+    ) -> None:
+        own = publish(tmp_path / "own", folder, backbone)
+        drafters, notices = make(own, backbone, folder, None)
+        assert [type(drafter) for drafter in drafters] == [HeadsDrafter, NgramDrafter]
+        assert notices == []
+        # The very same folder: a choice, and so a notice.
+        _, notices = make(store / "tiny", backbone, folder, None)
+        assert notices == [
+            "heads chain@1 were trained on the backbone in nf4 and it is served in its own precision: the output is "
+            "exact all the same, acceptance may differ"
+        ]
+
+    @pytest.mark.usefixtures("store")
+    def test_another_backbone_has_none(self, tmp_path: Path) -> None:
+        folder = tiny_llama(tmp_path / "other", seed=1)
+        other, _ = load_backbone(folder, BackboneOptions(dtype=torch.float32, kernels=Kernels.TORCH, device="cpu"))
+        assert [drafter.name for drafter in make(None, other, folder, None)[0]] == ["lookup"]
+        with pytest.raises(BadRequestError, match="none come with the program for this model"):
+            make(None, other, folder, DrafterKind.HEADS)
+
+    @pytest.mark.parametrize("damage", ["latest", "weights"])
+    def test_damage_is_said_where_they_would_serve(
+        self, store: Path, backbone: Backbone, folder: Path, damage: str
+    ) -> None:
+        if damage == "latest":
+            (store / "tiny" / "latest").write_text("chain@2\n")
+        else:
+            weights = store / "tiny" / "chain@1" / "heads.safetensors"
+            weights.write_bytes(weights.read_bytes()[:-1] + b"\x55")
+        for kind in (None, DrafterKind.HEADS, DrafterKind.BOTH):
+            with pytest.raises(HeadsError, match="chain@"):
+                make(None, backbone, folder, kind)
+        for kind in (DrafterKind.NGRAM, DrafterKind.NONE):
+            make(None, backbone, folder, kind)

@@ -12,7 +12,18 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gorgon_engine.heads import checkpoint
-from gorgon_engine.heads.checkpoint import LoadedHeads, load_heads, read_manifest, resolve_heads, save_heads
+from gorgon_engine.heads.checkpoint import (
+    LoadedHeads,
+    is_version_folder,
+    load_heads,
+    read_heads,
+    read_manifest,
+    resolve_heads,
+    save_heads,
+    verify_heads,
+)
+from gorgon_engine.heads.families import DraftHeads, family_fields
+from gorgon_engine.heads.hydra import HydraHeads, HydraShape
 from gorgon_engine.heads.medusa import MedusaHeads
 from gorgon_engine.models.config import BackboneConfig
 from gorgon_protocol.errors import HeadsError
@@ -242,3 +253,166 @@ def test_latest_does_not_lead_outside_the_store(saved: Path, tmp_path: Path) -> 
     (saved.parent / "latest").write_text("tiny@1")
     with pytest.raises(HeadsError, match="leads outside the store"):
         resolve_heads(saved.parent)
+
+
+def make_hydra(**shape: Any) -> HydraHeads:
+    torch.manual_seed(0)
+    heads = HydraHeads(HydraShape(hidden_size=HIDDEN, num_heads=HEADS, num_blocks=2, **shape))
+    for parameter in heads.parameters():
+        torch.nn.init.normal_(parameter)
+    return heads
+
+
+HYDRA_OFFSETS = tuple(range(2, HEADS + 2))
+DRAFT_TOKENS = torch.tensor([2, 5, 6, 22])
+
+
+def same_weights(heads: DraftHeads, loaded: DraftHeads) -> bool:
+    mine, theirs = dict(heads.named_parameters()), dict(loaded.named_parameters())
+    return mine.keys() == theirs.keys() and all(torch.equal(tensor, theirs[name]) for name, tensor in mine.items())
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {},
+        {"normalised": False},
+        {"normalised": False, "matrix_residual": True, "own_projection": VOCAB, "projection_bias": True},
+        {"own_projection": VOCAB},
+    ],
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_hydra_heads_are_loaded_as_saved(tmp_path: Path, shape: dict[str, Any], dtype: str) -> None:
+    heads = make_hydra(**shape).to(getattr(torch, dtype))
+    manifest = make_manifest(**family_fields(heads), offsets=HYDRA_OFFSETS, dtype=dtype)
+    save_heads(tmp_path / "tiny@1", heads, manifest)
+    loaded = read_heads(tmp_path / "tiny@1").heads
+    assert isinstance(loaded, HydraHeads)
+    assert loaded.shape == heads.shape
+    assert same_weights(heads, loaded)
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    assert not loaded.training
+    wide = load(tmp_path / "tiny@1").heads
+    assert same_weights(heads.float(), wide)
+    hidden, embeddings, lm_head = torch.randn(2, HIDDEN), torch.randn(2, HEADS, HIDDEN), torch.randn(VOCAB, HIDDEN)
+    with torch.no_grad():
+        ours, theirs = (h(hidden, embeddings, lambda features: features @ lm_head.T) for h in (heads, wide))
+    assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
+
+
+def test_hydra_heads_of_another_shape_are_not_saved(tmp_path: Path) -> None:
+    manifest = make_manifest(**family_fields(make_hydra()), offsets=HYDRA_OFFSETS)
+    for heads in (make_hydra(normalised=False), make_hydra(matrix_residual=True), make_heads()):
+        with pytest.raises(HeadsError, match="the manifest says"):
+            save_heads(tmp_path / "tiny@1", heads, manifest)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("max_bytes", [1, 2 * HIDDEN * HIDDEN * 4, 4 * HIDDEN * HIDDEN * 4, 1 << 30])
+def test_weights_in_several_files(tmp_path: Path, max_bytes: int) -> None:
+    folder = tmp_path / "tiny@1"
+    heads = make_hydra()
+    manifest = make_manifest(**family_fields(heads), offsets=HYDRA_OFFSETS)
+    written = save_heads(folder, heads, manifest, max_file_bytes=max_bytes)
+    assert {path.name for path in folder.iterdir()} == {"manifest.json", *written.files}
+    assert same_weights(heads, load(folder).heads)
+    if max_bytes == 1 << 30:
+        assert list(written.files) == ["heads.safetensors"]
+        return
+    num_tensors = len(list(heads.parameters()))
+    names = list(written.files)
+    assert names == [f"heads-{i:05d}-of-{len(names):05d}.safetensors" for i in range(1, len(names) + 1)]
+    assert len(names) == num_tensors if max_bytes == 1 else 1 < len(names) < num_tensors
+    for name in names:
+        tensors = load_file(folder / name)
+        assert len(tensors) == 1 or sum(t.numel() * 4 for t in tensors.values()) <= max_bytes
+    (folder / names[1]).unlink()
+    with pytest.raises(HeadsError, match=f"{names[1]}: missing"):
+        load(folder)
+    rewrite(folder, files={name: written.files[name].model_dump() for name in names if name != names[1]})
+    with pytest.raises(HeadsError, match=r"holds tensors .*, expected"):
+        load(folder)
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_draft_vocabulary_is_kept_beside_the_weights(tmp_path: Path, own: bool) -> None:
+    size = DRAFT_TOKENS.numel()
+    heads = make_hydra(own_projection=size if own else None)
+    manifest = make_manifest(**family_fields(heads), offsets=HYDRA_OFFSETS, draft_vocab_size=size)
+    save_heads(tmp_path / "tiny@1", heads, manifest, draft_vocabulary=DRAFT_TOKENS)
+    for loaded in (load(tmp_path / "tiny@1"), read_heads(tmp_path / "tiny@1")):
+        assert loaded.draft_vocabulary is not None
+        assert loaded.draft_vocabulary.dtype == torch.int64
+        assert torch.equal(loaded.draft_vocabulary, DRAFT_TOKENS)
+        assert same_weights(heads, loaded.heads)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (None, "the draft vocabulary has None tokens, the manifest says 4"),
+        ([1, 2, 3], "has 3 tokens, the manifest says 4"),
+        ([1, 2, 2, 3], "must be ascending token ids below 23"),
+        ([3, 2, 1, 0], "must be ascending token ids below 23"),
+        ([-1, 2, 3, 4], "must be ascending token ids below 23"),
+        ([1, 2, 3, 23], "must be ascending token ids below 23"),
+    ],
+)
+def test_draft_vocabularies_that_are_none(tmp_path: Path, tokens: list[int] | None, message: str) -> None:
+    manifest = make_manifest(draft_vocab_size=4)
+    vocabulary = None if tokens is None else torch.tensor(tokens)
+    with pytest.raises(HeadsError, match=message):
+        save_heads(tmp_path / "tiny@1", make_heads(), manifest, draft_vocabulary=vocabulary)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_draft_vocabulary_that_was_published_wrong(tmp_path: Path) -> None:
+    folder = tmp_path / "tiny@1"
+    manifest = make_manifest(draft_vocab_size=4)
+    save_heads(folder, make_heads(), manifest, draft_vocabulary=DRAFT_TOKENS)
+    replace_tensors(folder, lambda t: t.update(draft_vocabulary=t["draft_vocabulary"].flip(0)))
+    with pytest.raises(HeadsError, match=r"heads\.safetensors: draft_vocabulary must be ascending"):
+        load(folder)
+    replace_tensors(folder, lambda t: t.update(draft_vocabulary=torch.arange(4)))
+    with pytest.raises(HeadsError, match=r"draft_vocabulary is torch.int64 \[4\], the manifest says torch.int32"):
+        load(folder)
+    replace_tensors(folder, lambda t: t.pop("draft_vocabulary"))
+    with pytest.raises(HeadsError, match=r"expected .*draft_vocabulary"):
+        load(folder)
+
+
+def test_files_beside_the_weights_are_checked_like_them(tmp_path: Path) -> None:
+    folder = tmp_path / "tiny@1"
+    extra = {"README.md": b"# Heads\n", "accuracy.png": b"\x89PNG"}
+    written = save_heads(folder, make_heads(), make_manifest(), extra_files=extra)
+    assert set(written.files) == {"heads.safetensors", *extra}
+    assert all((folder / name).read_bytes() == content for name, content in extra.items())
+    assert verify_heads(folder) == written
+    (folder / "README.md").write_bytes(b"# Beads\n")
+    for check in (verify_heads, read_heads, load):
+        with pytest.raises(HeadsError, match=r"README\.md: damaged"):
+            check(folder)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "heads.safetensors", "../up", ".hidden", "a/b", ""])
+def test_files_beside_the_weights_have_names_of_their_own(tmp_path: Path, name: str) -> None:
+    with pytest.raises(AssertionError):
+        save_heads(tmp_path / "tiny@1", make_heads(), make_manifest(), extra_files={name: b""})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_is_read_without_a_backbone(saved: Path) -> None:
+    loaded = read_heads(saved)
+    assert same_weights(make_heads(), loaded.heads)
+    assert loaded.manifest == read_manifest(saved)
+    flip_a_bit(saved)
+    with pytest.raises(HeadsError, match="damaged"):
+        read_heads(saved)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("tiny@1", True), ("a.b-c_d@2026.1", True), ("tiny", False), ("@1", False), (".tiny@1", False), ("a@b@c", False)],
+)
+def test_names_of_versions(name: str, expected: bool) -> None:
+    assert is_version_folder(name) is expected

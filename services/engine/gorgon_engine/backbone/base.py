@@ -4,6 +4,7 @@ Letters in shape comments: B sequences in the batch, N rows (tree nodes or promp
 node, C hidden size, V vocabulary.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from gorgon_engine.kv_cache import KVCache
 from gorgon_engine.models.config import BackboneConfig
+from gorgon_engine.models.linear import Linear
 
 
 class LogitsFor(StrEnum):
@@ -90,6 +92,19 @@ class Backbone(Protocol):
 
     def project(self, hidden: Tensor) -> Tensor:
         """The lm_head: hidden [..., C] (after the final norm) -> logits [..., V]. Draft heads may share it."""
+        ...
+
+    def project_to(self, tokens: Tensor) -> Callable[[Tensor], Tensor]:
+        """`project` to some tokens [V'] int64 alone: hidden [..., C] -> logits [..., V']. Copies the lm_head's rows."""
+        ...
+
+    @property
+    def lm_head(self) -> Linear:
+        """The matrix behind `project`."""
+        ...
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Input embeddings: tokens [...] int64 -> [..., C]."""
         ...
 
     def forward(

@@ -3,11 +3,13 @@
 Padding rows are not computed: the kernels take a flat list of rows, each with its own slot, prefix and ancestors.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from gorgon_engine.backbone.base import ForwardInputs, ForwardOutput, LogitsFor
-from gorgon_engine.kernels.cpu import NativeLayer, NativeModel, PackedLinear
+from gorgon_engine.kernels.cpu import Kind, NativeLayer, NativeModel, PackedLinear
 from gorgon_engine.kv_cache import KVCache
 from gorgon_engine.models.config import BackboneConfig
 from gorgon_engine.models.loading import BackboneWeights, LayerWeights
@@ -20,15 +22,16 @@ class NativeBackbone:
     device = torch.device("cpu")
     row_invariant = True
 
-    def __init__(self, weights: BackboneWeights, *, kind: str) -> None:
+    def __init__(self, weights: BackboneWeights, *, kind: Kind) -> None:
         config = weights.config
         assert isinstance(weights.lm_head, PackedLinear)
         self.config: BackboneConfig = config
+        self.kind: Kind = kind
         self.cache_dtype = torch.float32 if kind == "fp32" else torch.bfloat16
         self.kernels = f"native-{kind}"
         self._rope = weights.rope
         self._embedding = weights.embedding
-        self._lm_head = weights.lm_head
+        self.lm_head = weights.lm_head
         self._model = NativeModel(
             [_native_layer(layer) for layer in weights.layers],
             weights.final_norm,
@@ -40,7 +43,14 @@ class NativeBackbone:
         )
 
     def project(self, hidden: Tensor) -> Tensor:
-        return self._lm_head(hidden.float().contiguous())
+        return self.lm_head(hidden.float().contiguous())
+
+    def project_to(self, tokens: Tensor) -> Callable[[Tensor], Tensor]:
+        linear = self.lm_head.select_outputs(tokens)
+        return lambda hidden: linear(hidden.float().contiguous())
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        return self._embedding[tokens].float()
 
     @torch.inference_mode()
     def forward(self, inputs: ForwardInputs, cache: KVCache, *, logits_for: LogitsFor = LogitsFor.ALL) -> ForwardOutput:

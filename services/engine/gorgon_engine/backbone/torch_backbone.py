@@ -4,6 +4,8 @@ The published Llama block (2302.13971; RMSNorm 1910.07467, RoPE 2104.09864, SwiG
 2305.13245) over the flat KV cache, with a tree in place of the causal mask.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,7 @@ from gorgon_engine.backbone.base import ForwardInputs, ForwardOutput, LogitsFor
 from gorgon_engine.kernels.tree_attention import attention_mask, tree_attention
 from gorgon_engine.kv_cache import KVCache
 from gorgon_engine.models.config import BackboneConfig
+from gorgon_engine.models.linear import Linear
 from gorgon_engine.models.loading import BackboneWeights, LayerWeights
 
 
@@ -28,16 +31,30 @@ class TorchBackbone:
         self.device = device
         self.dtype = dtype
         self.cache_dtype = dtype
+        self._fused_attention = _fused_attention(self.config, device, dtype)
         self.kernels = f"torch-{str(dtype).removeprefix('torch.') if quantization == 'none' else quantization}"
 
     def project(self, hidden: Tensor) -> Tensor:
         return self._weights.lm_head(hidden.to(self.dtype))
+
+    def project_to(self, tokens: Tensor) -> Callable[[Tensor], Tensor]:
+        linear = self.lm_head.select_outputs(tokens)
+        return lambda hidden: linear(hidden.to(self.dtype))
+
+    @property
+    def lm_head(self) -> Linear:
+        return self._weights.lm_head
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        return self._weights.embedding[tokens]
 
     @torch.inference_mode()
     def forward(self, inputs: ForwardInputs, cache: KVCache, *, logits_for: LogitsFor = LogitsFor.ALL) -> ForwardOutput:
         weights = self._weights
         x = weights.embedding[inputs.tokens]  # [B, N, C]
         cos, sin = weights.rope.cos_sin(inputs.positions, inputs.prompt_lengths[:, None])  # [B, N, D/2]
+        cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+        windows = set() if self._fused_attention else set(self.config.sliding_windows)
         masks = {
             window: attention_mask(
                 inputs.lengths,
@@ -46,15 +63,14 @@ class TorchBackbone:
                 num_positions=inputs.max_positions,
                 sliding_window=window,
             )
-            for window in set(self.config.sliding_windows)
+            for window in windows
         }
         for number, layer in enumerate(weights.layers):
-            attended = self._attention(number, layer, x, cos, sin, inputs, cache, masks[layer.sliding_window])
+            attended = self._attention(number, layer, x, cos, sin, inputs, cache, masks.get(layer.sliding_window))
             x = x + layer.o(attended)
             x = x + _mlp(layer, rms_norm(x, layer.post_norm, self.config.rms_norm_eps))
         hidden = rms_norm(x, weights.final_norm, self.config.rms_norm_eps)
-        selected = {LogitsFor.ALL: hidden, LogitsFor.LAST: hidden[:, -1:], LogitsFor.NONE: hidden[:, :0]}[logits_for]
-        return ForwardOutput(hidden=hidden, logits=weights.lm_head(selected))
+        return ForwardOutput(hidden=hidden, logits=weights.lm_head(_select(hidden, inputs, logits_for)))
 
     def _attention(
         self,
@@ -65,7 +81,7 @@ class TorchBackbone:
         sin: Tensor,
         inputs: ForwardInputs,
         cache: KVCache,
-        mask: Tensor,
+        mask: Tensor | None,
     ) -> Tensor:
         config = self.config
         batch, num_rows, _ = x.shape
@@ -75,14 +91,49 @@ class TorchBackbone:
         if layer.q_norm is not None and layer.k_norm is not None:
             q = rms_norm(q, layer.q_norm, config.rms_norm_eps)
             k = rms_norm(k, layer.k_norm, config.rms_norm_eps)
-        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+            rotated = apply_rope(torch.cat([q, k], dim=2), cos, sin)
+        else:
+            rotated = apply_rope(qkv[:, :, : config.num_heads + config.num_kv_heads], cos, sin)
+        q, k = rotated.split([config.num_heads, config.num_kv_heads], dim=2)
         cache.write(number, inputs.slots, inputs.lengths, k, v)
-        out = tree_attention(q, cache.keys[number], cache.values[number], inputs.slots, mask)
+        keys, values = cache.keys[number], cache.values[number]
+        if self._fused_attention is not None:
+            out = self._fused_attention(q, keys, values, inputs.slots, inputs.lengths, inputs.ancestors)
+        else:
+            assert mask is not None
+            out = tree_attention(q, keys, values, inputs.slots, mask)
         return out.reshape(batch, num_rows, -1)
+
+
+FusedAttention = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor]
+
+
+def _fused_attention(config: BackboneConfig, device: torch.device, dtype: torch.dtype) -> FusedAttention | None:
+    """The Triton kernel, where it runs what this model needs."""
+    head_dim = config.head_dim
+    fits = head_dim >= 16 and head_dim & (head_dim - 1) == 0 and not any(config.sliding_windows)
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or not fits:
+        return None
+    from gorgon_engine.kernels.triton.attention import attention
+
+    return attention
+
+
+def _select(hidden: Tensor, inputs: ForwardInputs, logits_for: LogitsFor) -> Tensor:
+    """The rows whose logits are wanted."""
+    if logits_for is LogitsFor.ALL:
+        return hidden
+    if logits_for is LogitsFor.NONE:
+        return hidden[:, :0]
+    last = (inputs.num_rows - 1)[:, None, None].expand(-1, 1, hidden.shape[2])
+    return hidden.gather(1, last)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / rms(x) * weight over the last dimension, the mean square in float32."""
+    if x.device.type == "cuda":
+        # One kernel instead of seven: a GPU waits for the host here.
+        return torch.nn.functional.rms_norm(x, (x.shape[-1],), weight.to(x.dtype), eps)
     wide = x.float()
     normed = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
     return weight * normed.to(x.dtype)
@@ -91,7 +142,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate pairs (i, i + D/2) of x [B, N, H, D] by the angles of cos, sin [B, N, D/2]."""
     low, high = x.chunk(2, dim=-1)
-    cos, sin = cos[:, :, None].to(x.dtype), sin[:, :, None].to(x.dtype)
+    cos, sin = cos[:, :, None].to(x.dtype), sin[:, :, None].to(x.dtype)  # nothing to do where the caller did it once
     return torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1)
 
 

@@ -1,4 +1,4 @@
-"""Drafting with trained heads: one small pass over the hidden state that predicted the root.
+"""Drafting with Medusa heads: one small pass over the hidden state that predicted the root.
 
 Letters: B sequences, K depths (one head each), M choices a depth, N nodes (the root not counted), V vocabulary.
 """
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gorgon_engine.drafters.base import DraftContext
+from gorgon_engine.drafters.choices import top_log_probs
 from gorgon_engine.heads.medusa import MedusaHeads, Projection
 from gorgon_engine.random import Stream, gumbel_noise
 from gorgon_engine.tree.builders import RankPath, Topology, dynamic
@@ -17,7 +18,6 @@ from gorgon_engine.tree.candidates import CandidateTree
 from gorgon_protocol.errors import BadRequestError
 
 _NUM_CHOICES = 10  # of each head, for a dynamic tree to pick from
-_BLOCK = 64
 
 
 class HeadsDrafter:
@@ -32,8 +32,10 @@ class HeadsDrafter:
         *,
         paths: Sequence[RankPath] | None = None,
         num_choices: int = _NUM_CHOICES,
+        draft_vocabulary: Tensor | None = None,
     ) -> None:
         """heads: head d - 1 guesses depth d of the tree. project: the backbone's, for heads that share it.
+        draft_vocabulary: [V'] int64, the token of each row of the projections; None = all tokens.
 
         paths: the rank paths of a fixed topology, parents first, best first; None = dynamic. Raises
         `BadRequestError` for paths that are no tree or deeper than there are heads.
@@ -41,16 +43,18 @@ class HeadsDrafter:
         self._heads = heads
         self._project = project
         self._num_choices = num_choices
+        self._draft_vocabulary = draft_vocabulary
         self._topology = None if paths is None else _topology(paths, heads)
 
     @torch.inference_mode()
     def propose(self, context: DraftContext, max_nodes: int) -> CandidateTree:
         logits = self._heads(context.hidden, self._project)  # [B, K, V]
-        log_probs = torch.log_softmax(logits.float(), dim=2)
+        num_choices = self._num_choices if self._topology is None else self._topology.num_ranks
+        best, tokens = top_log_probs(logits, num_choices)
+        if self._draft_vocabulary is not None:
+            tokens = self._draft_vocabulary[tokens]
         if self._topology is None:
-            best, tokens = _top(log_probs, self._num_choices)
             return dynamic(tokens, best, max_nodes, source=self.name)
-        best, tokens = _top(log_probs, self._topology.num_ranks)
         return self._topology.place(tokens, best, max_nodes=max_nodes, source=self.name)
 
 
@@ -72,9 +76,12 @@ class DrawnHeadsDrafter:
         *,
         paths: Sequence[RankPath],
         accuracies: Sequence[Sequence[float]] | None = None,
+        draft_vocabulary: Tensor | None = None,
+        vocab_size: int | None = None,
     ) -> None:
         """paths: as for `HeadsDrafter`, and every sibling behind the one of the rank before. accuracies: [K][M], how
-        often each rank is right, to estimate path probabilities with; None = halving with every rank.
+        often each rank is right, to estimate path probabilities with; None = halving with every rank. vocab_size: of
+        the backbone, needed with a draft_vocabulary.
 
         Raises `BadRequestError` for paths that are no such tree or deeper than there are heads.
         """
@@ -85,6 +92,9 @@ class DrawnHeadsDrafter:
             listed.add(tuple(path))
         self._heads = heads
         self._project = project
+        assert draft_vocabulary is None or vocab_size is not None
+        self._draft_vocabulary = draft_vocabulary
+        self._vocab_size = vocab_size
         self._topology = _topology(paths, heads)
         estimates = torch.tensor([_estimate(path, accuracies) for path in paths], device=heads.weight.device)
         # In the order of the list, whatever the estimates: a cut then leaves a prefix of it.
@@ -93,6 +103,10 @@ class DrawnHeadsDrafter:
     @torch.inference_mode()
     def propose(self, context: DraftContext, max_nodes: int) -> CandidateTree:
         probs = torch.softmax(self._heads(context.hidden, self._project).float(), dim=2)  # [B, K, V]
+        if self._draft_vocabulary is not None and self._vocab_size is not None:
+            # The rule compares distributions over all tokens.
+            whole = probs.new_zeros((*probs.shape[:2], self._vocab_size))
+            probs = whole.index_copy_(2, self._draft_vocabulary, probs)
         depths = torch.arange(1, probs.shape[1] + 1, device=probs.device)
         positions = context.history_lengths[:, None] + depths - 1  # [B, K], of the guessed tokens
         noise = gumbel_noise(context.seeds[:, None], positions, probs.shape[2], Stream.DRAFT)
@@ -108,23 +122,6 @@ class DrawnHeadsDrafter:
             draft_probs=probs,
             draft_rows=levels.expand_as(tree.tokens),
         )
-
-
-def _top(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` largest (or all) of values [B, K, V] and their places, both [B, K, M], descending.
-
-    As `topk`, four times as fast over a vocabulary: the M largest lie in the M blocks with the largest maxima.
-    """
-    vocab_size = values.shape[2]
-    count = min(count, vocab_size)
-    if vocab_size % _BLOCK or count > vocab_size // _BLOCK:
-        best, places = values.topk(count, dim=2)
-        return best, places
-    blocks = values.unflatten(2, (-1, _BLOCK))
-    chosen = blocks.amax(dim=3).topk(count, dim=2).indices  # [B, K, M]
-    near = blocks.gather(2, chosen[..., None].expand(-1, -1, -1, _BLOCK)).flatten(2)  # [B, K, M * block]
-    best, places = near.topk(count, dim=2)
-    return best, chosen.gather(2, places // _BLOCK) * _BLOCK + places % _BLOCK
 
 
 def _topology(paths: Sequence[RankPath], heads: MedusaHeads) -> Topology:

@@ -9,8 +9,12 @@ import torch
 from gorgon_engine.backbone.base import Backbone
 from gorgon_engine.drafters.base import Drafter
 from gorgon_engine.drafters.heads import DrawnHeadsDrafter, HeadsDrafter
+from gorgon_engine.drafters.hydra import BeamLimits, HydraDrafter
 from gorgon_engine.drafters.ngram import NgramDrafter
+from gorgon_engine.heads.bundled import bundled_heads
 from gorgon_engine.heads.checkpoint import LoadedHeads, Quantization, load_heads, resolve_heads
+from gorgon_engine.heads.hydra import HydraHeads
+from gorgon_engine.heads.native import pack_for_cpu
 from gorgon_engine.models.identity import backbone_identity
 from gorgon_engine.tree.builders import RankPath, cartesian_paths, sparse_paths
 from gorgon_engine.tree.tree import MAX_NODES
@@ -18,6 +22,10 @@ from gorgon_protocol.errors import BadRequestError, HeadsError
 from gorgon_protocol.manifest import HeadsManifest
 
 _WIDTHS = (4, 3, 2, 2)  # of a cartesian tree, as far as there are heads
+
+# On a CPU every row and every depth of the search costs a noticeable part of a plain step: what is unlikely to be
+# accepted is not looked below (docs/experiments.md).
+_CPU_LIMITS = BeamLimits(num_choices=6, width=4, min_path_prob=0.1)
 
 
 class DrafterKind(StrEnum):
@@ -46,22 +54,30 @@ def make_drafters(
 ) -> tuple[list[Drafter], list[str]]:
     """The drafters of a choice, and notices for the person who made it.
 
-    kind None: all there are. heads: a checkpoint folder, or a backbone's folder in a store. folder: the backbone's.
+    kind None: all there are. heads: a checkpoint folder, or a backbone's folder in a store; None: those that come with
+    the program for this backbone, if any. folder: the backbone's.
     draw: draw the heads' guesses, as Leviathan's rule needs them. Raises `BadRequestError` where heads are wanted and
     none given or where the options exclude each other, `HeadsError` for heads that do not fit the backbone.
     """
+    bundled = heads is None and kind in (None, DrafterKind.HEADS, DrafterKind.BOTH)
+    if bundled:
+        heads = bundled_heads(folder, backbone.config)
     if kind is None:
         kind = DrafterKind.NGRAM if heads is None else DrafterKind.BOTH
     drafters: list[Drafter] = []
     notices: list[str] = []
     if kind in (DrafterKind.HEADS, DrafterKind.BOTH):
         if heads is None:
-            raise BadRequestError(f"drafter {kind} needs trained heads: give their folder with --heads")
+            raise BadRequestError(
+                f"drafter {kind} needs trained heads, and none come with the program for this model: give their folder "
+                "with --heads"
+            )
         if draw and kind is DrafterKind.BOTH:
             raise BadRequestError("drawn drafts cannot share a tree with looked-up ones: choose the drafter heads")
-        loaded = _load(heads, backbone, folder)
+        loaded = load_heads_for(backbone, folder, heads)
         drafters.append(_heads_drafter(loaded, backbone, tree, draw))
-        notices += loaded.notices
+        if not bundled:  # nobody chose those: what they do in the default precision is documented with them
+            notices += loaded.notices
     elif heads is not None:
         notices.append(f"heads {heads} are not used: the drafter is {kind}")
     if kind in (DrafterKind.NGRAM, DrafterKind.BOTH):
@@ -69,14 +85,18 @@ def make_drafters(
     return drafters, notices
 
 
-def _load(path: Path, backbone: Backbone, folder: Path) -> LoadedHeads:
+def load_heads_for(backbone: Backbone, folder: Path, path: Path) -> LoadedHeads:
+    """The heads of a checkpoint folder (or a store's folder of this backbone) as this loaded backbone runs them.
+
+    folder: the backbone's. Raises `HeadsError` for heads that cannot be read or do not fit.
+    """
     # Nothing on a CPU gains from narrower heads: their products are small and float32 is its fastest precision.
     dtype = torch.float32 if backbone.device.type == "cpu" else backbone.cache_dtype
     return load_heads(
         resolve_heads(path),
         backbone_identity=backbone_identity(folder),
         config=backbone.config,
-        quantization=_quantization(backbone),
+        quantization=served_quantization(backbone),
         device=backbone.device,
         dtype=dtype,
     )
@@ -95,13 +115,34 @@ def _heads_drafter(loaded: LoadedHeads, backbone: Backbone, tree: HeadsTree, dra
         # What is drawn first is oftenest right: a measured order of ranks that differs is noise.
         accuracies = [tuple(sorted(row, reverse=True)) for row in accuracies]
     paths = _paths(tree, manifest, accuracies)
+    vocabulary = loaded.draft_vocabulary
+    project = backbone.project if vocabulary is None else backbone.project_to(vocabulary)
+    on_cpu = backbone.device.type == "cpu"
+    if isinstance(loaded.heads, HydraHeads):
+        if draw:
+            raise BadRequestError("drawn drafts need heads of the medusa family: these are hydra heads")
+        return HydraDrafter(
+            pack_for_cpu(loaded.heads, backbone) if on_cpu else loaded.heads,
+            embed=backbone.embed,
+            project=project,
+            draft_vocabulary=vocabulary,
+            paths=paths,
+            limits=_CPU_LIMITS if on_cpu else BeamLimits(),
+        )
     # The head of offset 1 repeats the root: never computed.
     heads = loaded.heads.select(used)
     if not draw:
-        return HeadsDrafter(heads, backbone.project, paths=paths)
+        return HeadsDrafter(heads, project, paths=paths, draft_vocabulary=vocabulary)
     if paths is None:
         raise BadRequestError("drawn drafts need a fixed tree (sparse or cartesian): a dynamic one would bias them")
-    return DrawnHeadsDrafter(heads, backbone.project, paths=paths, accuracies=accuracies)
+    return DrawnHeadsDrafter(
+        heads,
+        project,
+        paths=paths,
+        accuracies=accuracies,
+        draft_vocabulary=vocabulary,
+        vocab_size=backbone.config.vocab_size,
+    )
 
 
 def _paths(
@@ -122,6 +163,7 @@ def _paths(
     return sparse_paths(accuracies, MAX_NODES - 1)
 
 
-def _quantization(backbone: Backbone) -> Quantization:
+def served_quantization(backbone: Backbone) -> Quantization:
+    """As a manifest names it."""
     kind = backbone.kernels.rpartition("-")[2]
     return "nf4" if kind == "nf4" else "int8" if kind == "int8" else "none"

@@ -1,6 +1,8 @@
-"""Heads on disk: a folder with `heads.safetensors` and `manifest.json`, written whole or not at all, checked when read.
+"""Heads on disk: a folder with `manifest.json` and the weights, written whole or not at all, checked when read.
 
-A store keeps versions as `<store>/<backbone>/<name>@<version>/` beside a one-line text file `latest` that names one.
+The weights are one file, `heads.safetensors`, or several (`heads-00001-of-00003.safetensors`, ...) where a limit was
+asked for. A store keeps versions as `<store>/<backbone>/<name>@<version>/` beside a one-line text file `latest` that
+names one.
 """
 
 import hashlib
@@ -8,7 +10,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,14 +21,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gorgon_engine.heads.medusa import MedusaHeads
+from gorgon_engine.heads.families import DraftHeads, build_heads, expected_shapes, heads_tensors
 from gorgon_engine.models.config import BackboneConfig
 from gorgon_protocol.errors import HeadsError
 from gorgon_protocol.manifest import HEADS_FILE, MANIFEST_FILE, FileRecord, HeadsManifest
 
 Quantization = Literal["none", "nf4", "int8"]
 
-_LATEST_FILE = "latest"
+LATEST_FILE = "latest"
+DRAFT_VOCABULARY = "draft_vocabulary"  # int32 [V'], ascending token ids: what row i of a projection stands for
+
+_WEIGHT_FILE = re.compile(r"heads(-\d{5}-of-\d{5})?\.safetensors")
+_EXTRA_FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # what a manifest can list
 _VERSION_FOLDER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}@[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _MAX_TEXT_BYTES = 1 << 20  # of a manifest or a `latest`: a wrong file must not fill the memory
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -34,34 +40,63 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 @dataclass(frozen=True, slots=True)
 class LoadedHeads:
-    heads: MedusaHeads  # in evaluation mode, no gradients
+    heads: DraftHeads  # in evaluation mode, no gradients
     manifest: HeadsManifest
+    draft_vocabulary: Tensor | None  # [V'] int64, ascending: the token of each row of a projection; None = all tokens
     notices: tuple[str, ...]  # what a person should know, one line each
 
 
-def save_heads(folder: Path, heads: MedusaHeads, manifest: HeadsManifest) -> HeadsManifest:
+def save_heads(
+    folder: Path,
+    heads: DraftHeads,
+    manifest: HeadsManifest,
+    *,
+    draft_vocabulary: Tensor | None = None,
+    max_file_bytes: int | None = None,
+    extra_files: Mapping[str, bytes] | None = None,
+) -> HeadsManifest:
     """Write a new checkpoint folder, and return its manifest with the files' checksums filled in.
+
+    draft_vocabulary: [V'] ascending token ids, where the manifest has a `draft_vocab_size`. max_file_bytes: split the
+    weights into files of about this size. extra_files: name -> content of what lies beside them (a report, a model
+    card), listed in the manifest like the weights.
 
     The folder appears complete or not at all, and an existing one is never touched. Raises `HeadsError` where it
     exists, where the manifest does not describe the heads, or where it cannot be written.
     """
+    for name in extra_files or {}:
+        assert _EXTRA_FILE.fullmatch(name), name
+        assert name != MANIFEST_FILE, name
+        assert not _WEIGHT_FILE.fullmatch(name), name
     if os.path.lexists(folder):
         raise HeadsError(f"{folder}: exists already: published heads are never overwritten, give a new version")
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in heads.named_parameters()}
-    expected = _expected_shapes(manifest)
+    tensors = heads_tensors(heads)
+    expected = expected_shapes(manifest)
     actual = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if actual != expected:
         raise HeadsError(f"{folder}: the heads' tensors are {actual}, the manifest says {expected}")
     tensors = {name: tensor.to(_DTYPES[manifest.dtype]) for name, tensor in tensors.items()}
+    size = None if draft_vocabulary is None else draft_vocabulary.numel()
+    if size != manifest.draft_vocab_size:
+        raise HeadsError(
+            f"{folder}: the draft vocabulary has {size} tokens, the manifest says {manifest.draft_vocab_size}"
+        )
+    if draft_vocabulary is not None:
+        _check_draft_vocabulary(folder, draft_vocabulary, manifest)
+        tensors[DRAFT_VOCABULARY] = draft_vocabulary.to("cpu", torch.int32)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _written_beside(folder) as temporary:
-            weights = temporary / HEADS_FILE
-            save_file(tensors, weights, metadata={"format": "pt"})
-            # safetensors makes its files private; a store is read by other users: as open as a new folder.
-            weights.chmod(temporary.stat().st_mode & 0o666)
-            record = FileRecord(sha256=_sha256(weights), size=weights.stat().st_size)
-            manifest = manifest.model_copy(update={"files": {HEADS_FILE: record}})
+        with written_beside(folder) as temporary:
+            for name, part in _file_parts(tensors, max_file_bytes).items():
+                save_file(part, temporary / name, metadata={"format": "pt"})
+            for name, content in (extra_files or {}).items():
+                (temporary / name).write_bytes(content)
+            records = {}
+            for path in sorted(temporary.iterdir()):
+                # safetensors makes its files private; a store is read by other users: as open as a new folder.
+                path.chmod(temporary.stat().st_mode & 0o666)
+                records[path.name] = FileRecord(sha256=_sha256(path), size=path.stat().st_size)
+            manifest = manifest.model_copy(update={"files": records})
             (temporary / MANIFEST_FILE).write_bytes(manifest.to_json())
     except (OSError, SafetensorError) as error:
         raise HeadsError(f"{folder}: cannot be written: {error}") from error
@@ -85,15 +120,43 @@ def load_heads(
     manifest = read_manifest(folder)
     _check_backbone(folder, manifest, backbone_identity, config)
     _check_files(folder, manifest)
-    tensors = _read_tensors(folder / HEADS_FILE, manifest)
-    heads = MedusaHeads.from_tensors({name: t.to(device=device, dtype=dtype) for name, t in tensors.items()})
+    tensors = _read_tensors(folder, manifest)
+    draft_vocabulary = tensors.pop(DRAFT_VOCABULARY, None)
+    heads = build_heads(manifest, {name: t.to(device=device, dtype=dtype) for name, t in tensors.items()})
     notices = []
     if manifest.quantization != quantization:
         notices.append(
             f"heads {manifest.name}@{manifest.version} were trained on the backbone in {_spoken(manifest.quantization)}"
             f" and it is served in {_spoken(quantization)}: the output is exact all the same, acceptance may differ"
         )
-    return LoadedHeads(heads=heads.eval().requires_grad_(False), manifest=manifest, notices=tuple(notices))
+    return LoadedHeads(
+        heads=heads.eval().requires_grad_(False),
+        manifest=manifest,
+        draft_vocabulary=None if draft_vocabulary is None else draft_vocabulary.to(device, torch.int64),
+        notices=tuple(notices),
+    )
+
+
+def read_heads(folder: Path) -> LoadedHeads:
+    """A checkpoint as it is, on the CPU and in its own precision, held against no backbone. Raises `HeadsError`."""
+    manifest = read_manifest(folder)
+    _check_files(folder, manifest)
+    tensors = _read_tensors(folder, manifest)
+    draft_vocabulary = tensors.pop(DRAFT_VOCABULARY, None)
+    return LoadedHeads(
+        heads=build_heads(manifest, tensors).eval().requires_grad_(False),
+        manifest=manifest,
+        draft_vocabulary=None if draft_vocabulary is None else draft_vocabulary.long(),
+        notices=(),
+    )
+
+
+def verify_heads(folder: Path) -> HeadsManifest:
+    """Check a checkpoint folder in itself: manifest, checksums, tensors. Raises `HeadsError` for the first fault."""
+    manifest = read_manifest(folder)
+    _check_files(folder, manifest)
+    _read_tensors(folder, manifest)
+    return manifest
 
 
 def resolve_heads(path: Path) -> Path:
@@ -103,12 +166,12 @@ def resolve_heads(path: Path) -> Path:
     """
     if (path / MANIFEST_FILE).is_file():
         return path
-    latest = path / _LATEST_FILE
+    latest = path / LATEST_FILE
     if not latest.is_file():
         what = "has no manifest.json and no latest" if path.is_dir() else "no such folder"
         raise HeadsError(f"{path}: {what}: give a checkpoint folder, or a store's folder of this backbone")
     name = _read_text(latest).decode(errors="replace").strip()
-    if not _VERSION_FOLDER.fullmatch(name):
+    if not is_version_folder(name):
         raise HeadsError(f"{latest}: {name[:80]!r} is not the name of a version (name@version)")
     folder = path / name
     if folder.resolve().parent != path.resolve():
@@ -116,6 +179,11 @@ def resolve_heads(path: Path) -> Path:
     if not (folder / MANIFEST_FILE).is_file():
         raise HeadsError(f"{latest}: names {name}, which has no {MANIFEST_FILE}")
     return folder
+
+
+def is_version_folder(name: str) -> bool:
+    """Whether this can be the name of a version's folder in a store: name@version, nothing that leads elsewhere."""
+    return _VERSION_FOLDER.fullmatch(name) is not None
 
 
 def read_manifest(folder: Path) -> HeadsManifest:
@@ -136,7 +204,7 @@ def _check_backbone(folder: Path, manifest: HeadsManifest, identity: str, config
 
 
 def _check_files(folder: Path, manifest: HeadsManifest) -> None:
-    if HEADS_FILE not in manifest.files:
+    if not _weight_files(manifest):
         raise HeadsError(f"{folder / MANIFEST_FILE}: files does not list {HEADS_FILE}")
     for name, record in manifest.files.items():
         path = folder / name
@@ -155,39 +223,74 @@ def _check_files(folder: Path, manifest: HeadsManifest) -> None:
             )
 
 
-def _read_tensors(path: Path, manifest: HeadsManifest) -> dict[str, Tensor]:
-    expected = _expected_shapes(manifest)
-    dtype = _DTYPES[manifest.dtype]
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            names = set(file.keys())
-            if names != set(expected):
-                raise HeadsError(f"{path}: holds tensors {sorted(names)}, expected {sorted(expected)}")
-            tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in sorted(names)}
-    except (SafetensorError, OSError) as error:
-        raise HeadsError(f"{path}: not a readable safetensors file: {error}") from error
+def _read_tensors(folder: Path, manifest: HeadsManifest) -> dict[str, Tensor]:
+    """Every weight of the manifest, and the draft vocabulary where there is one, as stored."""
+    shapes, dtype = expected_shapes(manifest), _DTYPES[manifest.dtype]
+    expected = {name: (shape, dtype) for name, shape in shapes.items()}
+    if manifest.draft_vocab_size is not None:
+        expected[DRAFT_VOCABULARY] = ((manifest.draft_vocab_size,), torch.int32)
+    tensors: dict[str, Tensor] = {}
+    origin: dict[str, Path] = {}
+    files = [folder / name for name in _weight_files(manifest)]
+    for path in files:
+        try:
+            with safe_open(path, framework="pt", device="cpu") as file:
+                for name in list(file.keys()):
+                    tensors[name], origin[name] = file.get_tensor(name), path
+        except (SafetensorError, OSError) as error:
+            raise HeadsError(f"{path}: not a readable safetensors file: {error}") from error
+    if set(tensors) != set(expected):
+        where = files[0] if len(files) == 1 else folder
+        raise HeadsError(f"{where}: holds tensors {sorted(tensors)}, expected {sorted(expected)}")
     for name, tensor in tensors.items():
-        if tuple(tensor.shape) != expected[name] or tensor.dtype != dtype:
+        shape, kind = expected[name]
+        if tuple(tensor.shape) != shape or tensor.dtype != kind:
             raise HeadsError(
-                f"{path}: {name} is {tensor.dtype} {list(tensor.shape)}, the manifest says {dtype} "
-                f"{list(expected[name])}"
+                f"{origin[name]}: {name} is {tensor.dtype} {list(tensor.shape)}, the manifest says {kind} {list(shape)}"
             )
-        if not bool(torch.isfinite(tensor).all()):
-            raise HeadsError(f"{path}: {name} holds values that are not finite: the training that made it diverged")
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise HeadsError(
+                f"{origin[name]}: {name} holds values that are not finite: the training that made it diverged"
+            )
+    if DRAFT_VOCABULARY in tensors:
+        _check_draft_vocabulary(origin[DRAFT_VOCABULARY], tensors[DRAFT_VOCABULARY], manifest)
     return tensors
 
 
-def _expected_shapes(manifest: HeadsManifest) -> dict[str, tuple[int, ...]]:
-    heads, blocks, hidden = manifest.num_heads, manifest.num_blocks, manifest.hidden_size
-    shapes: dict[str, tuple[int, ...]] = {"weight": (heads, blocks, hidden, hidden), "bias": (heads, blocks, hidden)}
-    if manifest.projection == "own":
-        shapes["projection"] = (heads, manifest.vocab_size, hidden)
-    return shapes
+def _check_draft_vocabulary(where: Path, tokens: Tensor, manifest: HeadsManifest) -> None:
+    ids = tokens.long()
+    ascending = bool((ids.diff() > 0).all())
+    if not ascending or int(ids[0]) < 0 or int(ids[-1]) >= manifest.vocab_size:
+        raise HeadsError(f"{where}: {DRAFT_VOCABULARY} must be ascending token ids below {manifest.vocab_size}")
+
+
+def _weight_files(manifest: HeadsManifest) -> list[str]:
+    return sorted(name for name in manifest.files if _WEIGHT_FILE.fullmatch(name))
+
+
+def _file_parts(tensors: Mapping[str, Tensor], max_bytes: int | None) -> dict[str, dict[str, Tensor]]:
+    """File name -> its tensors, in order, each file about `max_bytes` at most: a single tensor is never cut."""
+    parts: list[dict[str, Tensor]] = [{}]
+    room = max_bytes
+    for name, tensor in tensors.items():
+        size = tensor.numel() * tensor.element_size()
+        if room is not None and max_bytes is not None:
+            if size > room and parts[-1]:
+                parts.append({})
+                room = max_bytes
+            room -= size
+        parts[-1][name] = tensor
+    if len(parts) == 1:
+        return {HEADS_FILE: parts[0]}
+    return {f"heads-{i:05d}-of-{len(parts):05d}.safetensors": part for i, part in enumerate(parts, start=1)}
 
 
 @contextmanager
-def _written_beside(folder: Path) -> Iterator[Path]:
-    """A temporary sibling that becomes `folder`, on the disk to stay, when the block ends well."""
+def written_beside(folder: Path) -> Iterator[Path]:
+    """A temporary sibling that becomes `folder`, on the disk to stay, when the block ends well.
+
+    A block that raises leaves nothing. Raises `OSError`, also where `folder` is there by then and not empty.
+    """
     temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
     temporary.mkdir()
     try:

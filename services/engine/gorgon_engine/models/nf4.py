@@ -136,6 +136,17 @@ class Nf4Linear:
         packed = self.weight.packed.view(-1, 1).t()
         return _bitsandbytes().matmul_4bit(x, packed, quant_state=self._states[x.dtype], bias=self.bias)
 
+    def select_outputs(self, rows: Tensor) -> "Nf4Linear":
+        weight, size = self.weight, self.in_features
+        chosen = Nf4Tensor(
+            packed=weight.packed.view(-1, size // 2)[rows].reshape(-1),
+            absmax=weight.absmax.view(-1, size // BLOCK_SIZE)[rows].reshape(-1),
+            code=weight.code,
+            out_features=rows.numel(),
+            in_features=size,
+        )
+        return Nf4Linear(chosen, None if self.bias is None else self.bias[rows])
+
 
 def saved_state_name(name: str, names: Mapping[str, Any]) -> str | None:
     """The key of the quantisation state beside the saved tensor `name`, None if it is saved unquantised."""

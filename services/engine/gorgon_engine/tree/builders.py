@@ -135,13 +135,13 @@ def dynamic(tokens: Tensor, log_probs: Tensor, max_nodes: int, *, source: str = 
     start = 0  # column of the level's first node; the root is column 0
     for depth in range(num_depths):
         grown = (beam[:, :, None] + log_probs[:, depth, None]).flatten(1)  # [B, beam * M]
-        beam, picked = _best(grown, max_nodes)
+        beam, picked = best_first(grown, max_nodes)
         scores.append(beam)
         above.append(torch.div(picked, num_choices, rounding_mode="floor").add_(start))
         choices.append(picked.remainder_(num_choices).add_(depth * num_choices))
         start = 1 + sum(level.shape[1] for level in scores[:-1])
     # Stable: a level's nodes come behind those above them, so a parent precedes its children also where they tie.
-    best, order = _best(torch.cat(scores, dim=1), max_nodes)
+    best, order = best_first(torch.cat(scores, dim=1), max_nodes)
     num_nodes = best.shape[1]
     place = order.new_full((batch, start + beam.shape[1]), -1)
     place.scatter_(1, order + 1, torch.arange(num_nodes, device=tokens.device).expand(batch, -1))
@@ -199,7 +199,7 @@ def _below(level: Sequence[RankPath], width: int) -> Iterator[RankPath]:
     return ((*path, rank) for path in level for rank in range(width))
 
 
-def _best(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def best_first(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Values and columns of the `count` largest of scores [B, n], descending, the lower column first among equals."""
     values, order = torch.sort(scores, dim=1, descending=True, stable=True)
     return values[:, :count], order[:, :count]

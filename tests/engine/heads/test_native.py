@@ -1,0 +1,119 @@
+"""Heads on the native kernels say what they said before, up to the precision that they are packed in."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from gorgon_engine.backbone.base import Backbone
+from gorgon_engine.backbone.native_backbone import NativeBackbone
+from gorgon_engine.backbone.select import BackboneOptions, Kernels, load_backbone
+from gorgon_engine.heads.hydra import HydraHead, HydraHeads, HydraShape
+from gorgon_engine.heads.native import pack_for_cpu
+from gorgon_engine.models.loading import Quantization
+from support.models import VOCAB, tiny_llama
+
+HEADS = 3
+OPTIONS = {
+    "fp32": BackboneOptions(dtype=torch.float32, kernels=Kernels.NATIVE, device="cpu"),
+    "bf16": BackboneOptions(dtype=torch.bfloat16, kernels=Kernels.NATIVE, device="cpu"),
+    "int8": BackboneOptions(quantization=Quantization.INT8, kernels=Kernels.NATIVE, device="cpu"),
+}
+# Of logits with a spread of about 5, after three blocks.
+TOLERANCE = {"fp32": 1e-4, "bf16": 0.15, "int8": 0.4}
+SHAPES: list[dict[str, Any]] = [
+    {"normalised": True},
+    {"normalised": False, "matrix_residual": True},
+    {"normalised": True, "own_projection": 20, "projection_bias": True},
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Hidden size 48: no multiple of the kernels' panels, nor of their groups of activations."""
+    return tiny_llama(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module", params=OPTIONS)
+def backbone(request: pytest.FixtureRequest, folder: Path) -> NativeBackbone:
+    backbone, _ = load_backbone(folder, OPTIONS[request.param])
+    assert isinstance(backbone, NativeBackbone)
+    assert backbone.kind == request.param
+    return backbone
+
+
+def make(backbone: Backbone, **shape: Any) -> HydraHeads:
+    torch.manual_seed(3)
+    size = backbone.config.hidden_size
+    heads = HydraHeads(HydraShape(hidden_size=size, num_heads=HEADS, num_blocks=3, **shape))
+    for name, parameter in heads.named_parameters():
+        torch.nn.init.normal_(parameter, mean=float(name == "norm"), std=0.1)
+    return heads.eval().requires_grad_(False)
+
+
+def logits_of(heads: HydraHeads, backbone: Backbone, batch: int = 6) -> torch.Tensor:
+    """[K, B, V] after random hidden states and tokens."""
+    generator = torch.Generator().manual_seed(4)
+    hidden = torch.randn(batch, backbone.config.hidden_size, generator=generator)
+    tokens = torch.randint(VOCAB, (batch, HEADS), generator=generator)
+    return torch.stack(heads(hidden, backbone.embed(tokens), backbone.project))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_packed_heads_say_the_same(backbone: NativeBackbone, shape: dict[str, Any]) -> None:
+    expected = logits_of(make(backbone, **shape), backbone)
+    heads = make(backbone, **shape)
+    packed = pack_for_cpu(heads, backbone)
+    assert packed is heads
+    got = logits_of(packed, backbone)
+    assert got.dtype == torch.float32
+    assert (got - expected).abs().max() < TOLERANCE[backbone.kind]
+    if backbone.kind == "int8":
+        assert not torch.equal(got, expected), "int8 products were computed"
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_matrix_of_the_heads_is_packed(backbone: NativeBackbone, shape: dict[str, Any]) -> None:
+    packed = pack_for_cpu(make(backbone, **shape), backbone)
+    assert not any(isinstance(module, nn.Linear) for module in packed.modules())
+    assert set(dict(packed.named_parameters())) <= {"norm", "projection", "projection_bias"}
+    assert (packed.num_heads, packed.hidden_size) == (HEADS, backbone.config.hidden_size)
+    for head in packed.heads:
+        assert isinstance(head, HydraHead)
+        assert len(head.blocks) == 2
+        assert (head.residual is not None) == shape.get("matrix_residual", False)
+
+
+def test_inputs_may_lie_anywhere_in_memory(backbone: NativeBackbone) -> None:
+    """One hidden state shared by the paths of a beam, and rows with others between them."""
+    packed = pack_for_cpu(make(backbone, matrix_residual=True), backbone)
+    hidden = torch.randn(1, backbone.config.hidden_size).expand(7, -1)
+    conditions = torch.randn(7, 4 * backbone.config.hidden_size)[:, : 2 * backbone.config.hidden_size]
+    expected = packed.features(1, hidden.contiguous(), conditions.contiguous())
+    torch.testing.assert_close(packed.features(1, hidden, conditions), expected)
+    for row in range(7):
+        # The products are the row's own to the bit, torch's SiLU between them is not: int8 may round the other way.
+        alone = packed.features(1, hidden[row], conditions[row])
+        torch.testing.assert_close(alone, expected[row], atol=0.05 if backbone.kind == "int8" else 1e-3, rtol=0.0)
+
+
+def test_half_precision_weights_are_packed_as_they_are(backbone: NativeBackbone) -> None:
+    """A checkpoint in bfloat16 is the same heads as its widened copy."""
+    narrow = make(backbone).bfloat16()
+    wide = make(backbone)
+    wide.load_state_dict(narrow.state_dict())
+    narrow = pack_for_cpu(narrow, backbone)
+    if narrow.norm is not None:
+        narrow.norm = nn.Parameter(narrow.norm.float(), requires_grad=False)
+    assert torch.equal(logits_of(narrow, backbone), logits_of(pack_for_cpu(wide, backbone), backbone))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_torch_backbones_keep_torch_heads(folder: Path, dtype: torch.dtype) -> None:
+    backbone, _ = load_backbone(folder, BackboneOptions(dtype=dtype, kernels=Kernels.TORCH, device="cpu"))
+    heads = make(backbone, matrix_residual=True)
+    modules = list(heads.modules())
+    assert pack_for_cpu(heads, backbone) is heads
+    assert list(heads.modules()) == modules
