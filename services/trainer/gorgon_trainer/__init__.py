@@ -1,0 +1,1 @@
+"""The Gorgon trainer: data, self-distillation, training, evaluation and publishing of draft heads."""
