@@ -41,37 +41,40 @@ def load_engine(arguments: "EngineArguments", *, num_slots: int = 1) -> "Engine"
     """The engine, with its notices on standard error."""
     from gorgon_engine.engine import Engine
 
-    _silence_libraries()
+    silence_libraries()
     config = arguments.config(num_slots=num_slots)
-    _set_threads(arguments)
+    set_threads(arguments.device, native=arguments.wants_native_kernels, threads=arguments.threads)
     engine = Engine.load(config)
     for notice in engine.notices:
         click.echo(f"gorgon: {notice}", err=True)
     return engine
 
 
-def _silence_libraries() -> None:
+def silence_libraries() -> None:
     """Only our own words reach the user: no progress bars, hints and warnings of the libraries below."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", module=r"(torch|transformers|bitsandbytes)\b")
+    warnings.filterwarnings("ignore", module=r"(torch|transformers|bitsandbytes|accelerate|tensorboard)\b")
 
 
-def _set_threads(arguments: "EngineArguments") -> None:
-    """Before loading: the engine measures itself there, and must do so on the threads that will serve."""
+def set_threads(device: str | None, *, native: bool, threads: int | None) -> None:
+    """Before loading: the engine measures itself there, and must do so on the threads that will serve.
+
+    native: whether the project's own CPU kernels may serve.
+    """
     import torch
 
     from gorgon_engine.kernels.cpu import NativeKernelsUnavailable, set_num_threads
 
-    on_cpu = arguments.device is not None or not torch.cuda.is_available()
-    if arguments.wants_native_kernels and on_cpu:
+    on_cpu = device is not None or not torch.cuda.is_available()
+    if native and on_cpu:
         # The native kernels have threads of their own; what is left to torch is too small to share, and its waiting
         # threads would take the kernels' cores: half of the speed.
         torch.set_num_threads(1)
-        if arguments.threads is not None:
+        if threads is not None:
             with suppress(NativeKernelsUnavailable):  # loading says what serves instead
-                set_num_threads(arguments.threads)
-    elif arguments.threads is not None:
-        torch.set_num_threads(arguments.threads)
+                set_num_threads(threads)
+    elif threads is not None:
+        torch.set_num_threads(threads)

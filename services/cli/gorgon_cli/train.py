@@ -1,0 +1,327 @@
+"""`gorgon train`: from prompts to published heads, stage by stage or by a preset."""
+
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from gorgon_cli.loading import import_engine, set_threads, silence_libraries
+from gorgon_cli.options import DTYPES, KERNELS, QUANTIZATIONS
+from gorgon_cli.train_data import data
+
+if TYPE_CHECKING:
+    from gorgon_engine.backbone.base import Backbone
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+PRESETS = ("smoke", "smollm2", "llama3-8b")
+FAMILIES = ("medusa", "hydra")
+LOSSES = ("cross-entropy", "kl")
+_FOLDER = click.Path(path_type=Path, file_okay=False)
+
+
+@click.group(invoke_without_command=True)
+@click.option("--preset", type=click.Choice(PRESETS), help="Run every stage with settings made for a model.")
+@click.option("--out", type=_FOLDER, metavar="DIR", help="With --preset: where data, shards, run and heads go.")
+@click.option("--model", metavar="PATH|NAME", help="With --preset: another model than the preset's own.")
+@click.option("--store", metavar="URL", help="With --preset: publish the heads to this store at the end.")
+@click.option("--device", metavar="cpu|cuda[:N]", help="With --preset. Default: a GPU where there is one.")
+@click.option("--prompts", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE.jsonl",
+              help="With --preset: what to measure on. Default: held-out prompts.")  # fmt: skip
+@click.option("--never-train", type=click.Path(path_type=Path, dir_okay=False), multiple=True, metavar="FILE.jsonl",
+              help="With --preset: prompts to keep out of the training data.")  # fmt: skip
+@click.pass_context
+def train(
+    ctx: click.Context,
+    preset: str | None,
+    out: Path | None,
+    model: str | None,
+    store: str | None,
+    device: str | None,
+    prompts: Path | None,
+    never_train: tuple[Path, ...],
+) -> None:
+    """Train draft heads: data, distill, heads, evaluate, one after the other; or all of them by --preset.
+
+    Every stage may be interrupted and started again: it goes on where it stopped.
+    """
+    if ctx.invoked_subcommand is not None:
+        if preset is not None:
+            raise click.UsageError("give a stage or a --preset, not both", ctx)
+        return
+    if preset is None:
+        click.echo(ctx.get_help())
+        return
+    if out is None:
+        raise click.UsageError("--preset needs --out DIR: where the run is kept", ctx)
+    import_engine()
+    silence_libraries()
+    from gorgon_trainer.pipeline import run_preset
+
+    set_threads(device, native=True, threads=None)
+    outcome = run_preset(
+        preset, out, model=model, store=store, device=device, prompts=prompts, never_train=never_train, say=_say
+    )
+    click.echo(outcome)
+
+
+train.add_command(data)
+
+
+def _say(line: str) -> None:
+    click.echo(f"gorgon: {line}", err=True)
+
+
+def backbone_options(command: F) -> F:
+    """Which backbone, on what."""
+    for option in reversed((
+        click.option("--model", default="smollm2", show_default=True, metavar="PATH|NAME",
+                     help="Model folder, name in `gorgon models list`, or hub name."),
+        click.option("--quantization", type=click.Choice(QUANTIZATIONS),
+                     help="As it will be served. Default: int8 on a CPU, nf4 on a GPU."),
+        click.option("--dtype", type=click.Choice(DTYPES), help="Of unquantised weights; 4-bit ones compute in it."),
+        click.option("--device", metavar="cpu|cuda[:N]", help="Default: a GPU where there is one."),
+        click.option("--kernels", type=click.Choice(KERNELS), default="auto", show_default=True,
+                     help="CPU kernels: the project's own (native) or torch's."),
+        click.option("--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads."),
+    )):  # fmt: skip
+        command = option(command)
+    return command
+
+
+@train.command()
+@click.option("--data", "records", type=_FOLDER, required=True, metavar="DIR", help="What `gorgon train data` made.")
+@click.option("--out", type=_FOLDER, required=True, metavar="DIR", help="Where the token shards go.")
+@click.option("--temperatures", default="0,0.7,0.7,1", show_default=True, help="Taken in turn, record by record.")
+@click.option("--passes", type=click.IntRange(min=1), default=4, show_default=True, help="Answers to every record.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=384, show_default=True, help="Of an answer.")
+@click.option("--context", type=click.IntRange(min=2), default=1024, show_default=True, help="Prompt and answer.")
+@click.option("--max-turns", type=click.IntRange(min=1), default=2, show_default=True, help="Of a conversation.")
+@click.option("--slots", type=click.IntRange(min=1), metavar="N",
+              help="Sequences decoded at once. Default: 8 on a CPU, 1024 on a GPU.")  # fmt: skip
+@click.option("--shard-size", type=click.IntRange(min=1), default=512, show_default=True, help="Conversations a shard.")
+@click.option("--max-seconds", type=float, metavar="S", help="Begin no shard after this time: fewer, all whole.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@backbone_options
+def distill(
+    records: Path,
+    out: Path,
+    temperatures: str,
+    passes: int,
+    max_new_tokens: int,
+    context: int,
+    max_turns: int,
+    slots: int | None,
+    shard_size: int,
+    max_seconds: float | None,
+    seed: int,
+    **backbone: Any,
+) -> None:
+    """Have the backbone answer the prompts, into shards of tokens."""
+    import_engine()
+    silence_libraries()
+    from gorgon_trainer.distill import DistillConfig
+    from gorgon_trainer.pipeline import distill_with
+
+    loaded = _load(backbone)
+    config = DistillConfig(
+        temperatures=_numbers(temperatures),
+        num_passes=passes,
+        max_new_tokens=max_new_tokens,
+        context=context,
+        max_turns=max_turns,
+        jobs_per_shard=shard_size,
+        num_slots=slots or (1024 if loaded.device.type == "cuda" else 8),
+        seed=seed,
+        max_seconds=max_seconds,
+    )
+    report = distill_with(records, out, loaded, model=backbone["model"], config=config)
+    dropped = "".join(f", {count} dropped ({reason})" for reason, count in sorted(report.dropped.items()))
+    click.echo(
+        f"{out}: {report.num_shards_written} shards written, {report.num_shards_kept} were there; {report.num_answers} "
+        f"answers, {report.num_tokens} tokens in {report.seconds:.1f} s ({report.tokens_per_second:.0f} tokens/s)"
+        f"{dropped}"
+    )
+
+
+@train.command()
+@click.option("--shards", "shard_folder", type=_FOLDER, required=True, metavar="DIR",
+              help="What `gorgon train distill` made.")  # fmt: skip
+@click.option("--out", type=_FOLDER, required=True, metavar="DIR", help="State, history and TensorBoard logs.")
+@click.option("--name", default="heads", show_default=True, help="Of the checkpoint.")
+@click.option("--version", "version_name", default="1", show_default=True, help="Of the checkpoint.")
+@click.option("--family", type=click.Choice(FAMILIES), default="hydra", show_default=True)
+@click.option("--num-heads", type=click.IntRange(min=1), default=4, show_default=True)
+@click.option("--num-blocks", type=click.IntRange(min=1), default=4, show_default=True, help="Residual blocks a head.")
+@click.option("--own-projection", is_flag=True, help="A projection a head, instead of the backbone's lm_head.")
+@click.option("--draft-vocab-size", type=click.IntRange(min=1), metavar="N",
+              help="Draft the N most frequent tokens only. Default: all.")  # fmt: skip
+@click.option("--loss", type=click.Choice(LOSSES), default="cross-entropy", show_default=True)
+@click.option("--decay", type=float, default=1.0, show_default=True, help="Head k weighs decay^k.")
+@click.option("--learning-rate", type=float, default=3e-3, show_default=True)
+@click.option("--warmup-steps", type=click.IntRange(min=0), default=50, show_default=True)
+@click.option("--weight-decay", type=float, default=0.01, show_default=True)
+@click.option("--max-grad-norm", type=float, default=1.0, show_default=True)
+@click.option("--pack-length", type=click.IntRange(min=2), default=1024, show_default=True)
+@click.option("--packs-per-batch", type=click.IntRange(min=1), default=8, show_default=True, help="On each device.")
+@click.option("--num-epochs", type=float, default=1.0, show_default=True)
+@click.option("--max-steps", type=click.IntRange(min=1), help="Instead of whole epochs.")
+@click.option("--eval-every", type=click.IntRange(min=1), default=200, show_default=True, help="Steps.")
+@click.option("--patience", type=click.IntRange(min=0), default=0, show_default=True,
+              help="Stop after so many evaluations without a longer held-out acceptance; 0 = never.")  # fmt: skip
+@click.option("--save-every", type=click.IntRange(min=1), default=200, show_default=True, help="Steps.")
+@click.option("--cache-features", is_flag=True, help="Keep hidden states on disk instead of computing them again.")
+@click.option("--max-file-bytes", type=click.IntRange(min=1), metavar="N", help="Split the weights into such files.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@backbone_options
+def heads(
+    shard_folder: Path,
+    out: Path,
+    name: str,
+    version_name: str,
+    loss: str,
+    max_file_bytes: int | None,
+    model: str,
+    quantization: str | None,
+    dtype: str | None,
+    device: str | None,
+    kernels: str,
+    threads: int | None,
+    **settings: Any,
+) -> None:
+    """Train heads on the shards, and write a checkpoint folder beside the run's state.
+
+    Several GPUs or hosts: start it with torchrun (`torchrun --nproc-per-node 4 -m gorgon_cli train heads ...`).
+    """
+    import_engine()
+    silence_libraries()
+    from gorgon_trainer.objective import Loss
+    from gorgon_trainer.pipeline import train_with
+    from gorgon_trainer.training import TrainConfig
+
+    config = TrainConfig(loss=Loss(loss), **settings)
+    assert set(settings) | {"loss", "min_learning_rate_share"} == {field.name for field in fields(TrainConfig)}
+    outcome = train_with(
+        shard_folder,
+        out,
+        options=_options(quantization, dtype, device, kernels, threads),
+        model=model,
+        config=config,
+        name=name,
+        version=version_name,
+        max_file_bytes=max_file_bytes,
+    )
+    if outcome is not None:  # not the main process
+        click.echo(outcome)
+
+
+@train.command()
+@click.option("--heads", "checkpoint", type=_FOLDER, required=True, metavar="DIR", help="A checkpoint folder.")
+@click.option("--prompts", type=click.Path(path_type=Path, dir_okay=False), required=True, metavar="FILE.jsonl",
+              help='JSON lines with "turns", "messages", "prompt" or "text"; first turns are asked.')  # fmt: skip
+@click.option("--out", type=_FOLDER, required=True, metavar="DIR", help="Report, plots and measurements.json.")
+@click.option("--run", type=_FOLDER, metavar="DIR", help="The training's folder, for its loss curves.")
+@click.option("--limit", type=click.IntRange(min=1), help="Use the first N prompts only.")
+@click.option("--nodes", default="4,8,16,32,64", show_default=True, help="Tree sizes, root included.")
+@click.option("--drafters", type=click.Choice(("heads", "both", "all")), default="all", show_default=True,
+              help="The heads alone, with prompt lookup in one tree, or one after the other.")  # fmt: skip
+@click.option("--max-tokens", type=click.IntRange(min=1), default=256, show_default=True, help="Of an answer.")
+@click.option("--temperature", type=float, default=0.7, show_default=True, help="Of the sampled answers.")
+@click.option(
+    "--seeds", default="0,1,2", show_default=True, help="Sampled answers to every prompt; empty = greedy only."
+)
+@click.option("--slots", type=click.IntRange(min=1), metavar="N",
+              help="Sequences at once. Default: 1 on a CPU, 320 on a GPU.")  # fmt: skip
+@click.option("--complete", is_flag=True, help="Put figures and a model card into the checkpoint.")
+@backbone_options
+def evaluate(
+    checkpoint: Path,
+    prompts: Path,
+    out: Path,
+    run: Path | None,
+    limit: int | None,
+    nodes: str,
+    drafters: str,
+    max_tokens: int,
+    temperature: float,
+    seeds: str,
+    slots: int | None,
+    complete: bool,
+    model: str,
+    **backbone: Any,
+) -> None:
+    """Measure tokens per step with the engine, and write a report."""
+    import_engine()
+    silence_libraries()
+    import torch
+
+    from gorgon_trainer import finish
+    from gorgon_trainer.evaluation.measured import MeasureSettings
+    from gorgon_trainer.evaluation.prompts import read_prompts
+
+    options = _options(**backbone)
+    on_gpu = torch.cuda.is_available() and backbone["device"] != "cpu"
+    names = {"heads": (finish.HEADS,), "both": (finish.BOTH,), "all": (finish.HEADS, finish.BOTH)}[drafters]
+    settings = MeasureSettings(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        seeds=tuple(int(seed) for seed in _numbers(seeds)) if seeds else (),
+    )
+    config = finish.EvaluateConfig(
+        nodes=tuple(int(count) for count in _numbers(nodes)),
+        drafters=names,
+        num_slots=slots or (320 if on_gpu else 1),
+    )
+    questions = read_prompts(prompts, limit=limit)
+    measurements = finish.evaluate(
+        checkpoint, questions, out, model=model, options=options, settings=settings, config=config
+    )
+    inputs = finish.report(
+        checkpoint, out, measurements=measurements, run=run, device=backbone["device"] or ("cuda" if on_gpu else "cpu")
+    )
+    if complete:
+        finish.complete_checkpoint(checkpoint, inputs)
+    for name, series in measurements.items():
+        for one in series:
+            for result in one.results:
+                every, rest = result.answers, result.non_looping
+                click.echo(
+                    f"{name:15} {one.max_nodes:3} nodes  {result.name:7} {every.mean_acceptance_length or 0:.3f} "
+                    f"tokens/step  {rest.mean_acceptance_length or 0:.3f} not looping "
+                    f"({rest.num_answers} of {every.num_answers} answers)"
+                )
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise click.BadParameter(f"numbers with commas between: got {text!r}", param_hint="list") from None
+
+
+def _options(quantization: str | None, dtype: str | None, device: str | None, kernels: str, threads: int | None) -> Any:
+    import torch
+
+    from gorgon_engine.backbone.select import BackboneOptions, Kernels
+    from gorgon_engine.models.loading import Quantization
+
+    set_threads(device, native=kernels != "torch" and quantization != "nf4", threads=threads)
+    return BackboneOptions(
+        quantization=None if quantization is None else Quantization(quantization),
+        dtype=None if dtype is None else getattr(torch, dtype),
+        device=device,
+        kernels=Kernels(kernels),
+    )
+
+
+def _load(arguments: dict[str, Any]) -> "Backbone":
+    from gorgon_engine.backbone.select import load_backbone
+    from gorgon_engine.models.catalog import resolve_model
+
+    options = {name: value for name, value in arguments.items() if name != "model"}
+    backbone, notices = load_backbone(resolve_model(arguments["model"]), _options(**options))
+    for notice in notices:
+        _say(notice)
+    return backbone

@@ -1,0 +1,96 @@
+"""Where the hidden states of packs come from: computed when they are needed, or read back from disk.
+
+Computing costs a forward pass of the backbone for every epoch, the cache 2 or 4 bytes times the hidden size for every
+position (1.1 KB in bf16 for a hidden size of 576, 8 KB for 4096).
+
+Letters: L positions a pack, C hidden size, F packs a file.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+from tqdm import tqdm
+
+from gorgon_engine.backbone.base import Backbone
+from gorgon_protocol.errors import DataError
+from gorgon_trainer.dataset import PackBatch, PackedDataset, collate
+from gorgon_trainer.features import hidden_states
+from gorgon_trainer.files import written_whole
+
+_PACKS_PER_FILE = 64
+_KEY = "gorgon_features"
+
+
+class FeatureSource(Protocol):
+    def hidden(self, batch: PackBatch, packs: Sequence[int]) -> Tensor:
+        """[P, C] on the training device. packs: the dataset's indices of the packs of which `batch` consists."""
+        ...
+
+
+class ComputedFeatures:
+    """A forward pass of the backbone for every batch."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        self._backbone = backbone
+
+    def hidden(self, batch: PackBatch, packs: Sequence[int]) -> Tensor:
+        return hidden_states(self._backbone, batch)
+
+
+class CachedFeatures:
+    """Hidden states of a whole dataset in files of several packs, made once; a killed run makes the missing files."""
+
+    def __init__(self, folder: Path, dataset: PackedDataset, backbone: Backbone, *, fingerprint: str) -> None:
+        """fingerprint: says of which shards, packing and backbone the features are. Files of another are made again."""
+        self._folder = folder
+        self._dataset = dataset
+        self._backbone = backbone
+        self._key = hashlib.sha256(f"{fingerprint}/{dataset.pack_length}/{len(dataset)}".encode()).hexdigest()
+
+    @property
+    def num_files(self) -> int:
+        return -(-len(self._dataset) // _PACKS_PER_FILE)
+
+    def fill(self, *, progress: bool = True, rank: int = 0, world_size: int = 1) -> None:
+        """Make the files that are not there yet; of several processes each makes its share. Raises `DataError`."""
+        own = range(rank, self.num_files, world_size)
+        missing = [number for number in own if not self._is_made(number)]
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            for number in tqdm(missing, desc="features", unit="file", disable=None if progress else True):
+                first = number * _PACKS_PER_FILE
+                packs = range(first, min(first + _PACKS_PER_FILE, len(self._dataset)))
+                hidden = torch.stack(
+                    [hidden_states(self._backbone, collate([self._dataset[pack]])).cpu() for pack in packs]
+                )
+                with written_whole(self._path(number)) as file:
+                    file.write(save({"hidden": hidden}, metadata={_KEY: self._key}))
+        except OSError as error:
+            raise DataError(f"{self._folder}: features cannot be written: {error.strerror}") from error
+
+    def hidden(self, batch: PackBatch, packs: Sequence[int]) -> Tensor:
+        rows = []
+        for pack in packs:
+            path = self._path(pack // _PACKS_PER_FILE)
+            try:
+                with safe_open(path, framework="pt", device="cpu") as file:
+                    rows.append(file.get_slice("hidden")[pack % _PACKS_PER_FILE])
+            except (SafetensorError, OSError) as error:
+                raise DataError(f"{path}: cannot be read: {error}: remove it and start again") from error
+        return torch.cat(rows).to(self._backbone.device)
+
+    def _path(self, number: int) -> Path:
+        return self._folder / f"features-{number:05d}.safetensors"
+
+    def _is_made(self, number: int) -> bool:
+        try:
+            with safe_open(self._path(number), framework="pt", device="cpu") as file:
+                return bool((file.metadata() or {}).get(_KEY) == self._key)
+        except (SafetensorError, OSError):
+            return False

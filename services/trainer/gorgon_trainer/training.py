@@ -1,0 +1,525 @@
+"""Training draft heads on a frozen backbone: one loop for one device or many, resumable to the bit.
+
+    batch -> hidden states (frozen) -> examples -> loss of every head -> step
+
+Letters: K heads, C hidden size, V' tokens that can be drafted.
+"""
+
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from gorgon_engine.backbone.base import Backbone
+from gorgon_engine.heads.families import DraftHeads
+from gorgon_engine.heads.hydra import HydraHeads, HydraShape
+from gorgon_engine.heads.medusa import MedusaHeads
+from gorgon_protocol.errors import DataError, TrainingError
+from gorgon_trainer.dataset import PackBatch, PackedDataset, collate
+from gorgon_trainer.feature_cache import CachedFeatures, ComputedFeatures, FeatureSource
+from gorgon_trainer.features import examples
+from gorgon_trainer.files import written_whole
+from gorgon_trainer.heldout import HeldOut, held_out
+from gorgon_trainer.objective import FrozenBackbone, Loss, Objective
+from gorgon_trainer.sampler import ResumableSampler
+from gorgon_trainer.shards import ShardSet, Split
+from gorgon_trainer.vocabulary import draft_vocabulary, lm_head_weight
+
+STATE_FILE = "state.pt"
+HISTORY_FILE = "history.jsonl"
+_HELD_OUT_PACKS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class TrainConfig:
+    """What to train and how. Everything but the device and the number of processes: a run is resumed with the same."""
+
+    family: Literal["medusa", "hydra"] = "hydra"
+    num_heads: int = 4
+    num_blocks: int = 4
+    own_projection: bool = False
+    draft_vocab_size: int | None = None  # the most frequent tokens of the training answers; None = all
+    loss: Loss = Loss.CROSS_ENTROPY
+    decay: float = 1.0  # weight of head k is decay^k; 1 = the plain sum
+    learning_rate: float = 3e-3
+    min_learning_rate_share: float = 0.05  # where the cosine ends
+    warmup_steps: int = 50
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    pack_length: int = 1024
+    packs_per_batch: int = 8  # on each device
+    num_epochs: float = 1.0
+    max_steps: int | None = None  # instead of whole epochs
+    eval_every: int = 200  # steps; also at the end
+    patience: int = 0  # evaluations without a better held-out acceptance length before it stops; 0 = never
+    save_every: int = 200  # steps; also at the end
+    cache_features: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        positive = ("num_heads", "num_blocks", "packs_per_batch", "eval_every", "save_every", "pack_length")
+        for name in positive:
+            if getattr(self, name) < 1:
+                raise TrainingError(f"{name} must be at least 1: got {getattr(self, name)}")
+        for name in ("learning_rate", "num_epochs", "decay", "max_grad_norm"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise TrainingError(f"{name} must be above 0 and finite: got {getattr(self, name)}")
+        for name in ("min_learning_rate_share", "warmup_steps", "weight_decay", "patience", "seed"):
+            if not getattr(self, name) >= 0:
+                raise TrainingError(f"{name} must not be below 0: got {getattr(self, name)}")
+        if self.max_steps is not None and self.max_steps < 1:
+            raise TrainingError(f"max_steps must be at least 1: got {self.max_steps}")
+        if max(self.offsets) < 2:
+            raise TrainingError("medusa heads must be 2 at least: the first one guesses what the backbone says itself")
+
+    @property
+    def offsets(self) -> tuple[int, ...]:
+        """Head k (0-based) of the medusa family guesses offset k + 1, of the hydra family k + 2."""
+        first = 1 if self.family == "medusa" else 2
+        return tuple(range(first, first + self.num_heads))
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self) | {"loss": str(self.loss)}
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """The best heads of a run by held-out acceptance length, and what they cost."""
+
+    heads: DraftHeads  # float32, on the CPU
+    draft_vocabulary: Tensor | None  # [V'] int64, ascending, on the CPU
+    held_out: HeldOut
+    num_steps: int
+    num_positions: int  # with a target, all processes together
+    seconds: float  # of training, evaluations and savings included, all calls of a resumed run together
+    positions_per_second: float  # while training, without evaluations
+    peak_memory_bytes: int | None  # of one GPU; None on a CPU
+    stopped_early: bool
+
+
+@dataclass(slots=True)
+class _Progress:
+    """What a resumed run goes on from, beside the weights."""
+
+    step: int = 0
+    num_positions: int = 0
+    seconds: float = 0.0
+    train_seconds: float = 0.0
+    best_length: float = 0.0
+    evaluations_since_best: int = 0
+    stopped_early: bool = False
+
+
+def train(
+    shards: ShardSet,
+    folder: Path,
+    *,
+    backbone: Backbone,
+    config: TrainConfig,
+    accelerator: Accelerator,
+    progress: bool = True,
+) -> TrainResult:
+    """Train heads on the shards' answers; `folder` keeps the run's state, history and TensorBoard logs.
+
+    A run that was killed goes on where it last saved, and ends with the same weights as one that was not. Raises
+    `TrainingError` where the folder is of a run with other settings or data, or cannot be written; `DataError` for
+    shards without data.
+    """
+    return _Training(shards, folder, backbone, config, accelerator, progress=progress).run()
+
+
+class _Training:
+    def __init__(
+        self,
+        shards: ShardSet,
+        folder: Path,
+        backbone: Backbone,
+        config: TrainConfig,
+        accelerator: Accelerator,
+        *,
+        progress: bool,
+    ) -> None:
+        self._folder = folder
+        self._config = config
+        self._accelerator = accelerator
+        self._show = progress and accelerator.is_main_process
+        self._fingerprint = {"config": config.as_json(), "shards": shards.index.fingerprint}
+        torch.manual_seed(config.seed)
+
+        self._vocabulary = draft_vocabulary(shards, config.draft_vocab_size)
+        lm_head = lm_head_weight(backbone, self._vocabulary)
+        self._frozen = FrozenBackbone(
+            embed=backbone.embed,
+            lm_head=lm_head,
+            draft_vocabulary=None if self._vocabulary is None else self._vocabulary.to(backbone.device),
+            vocab_size=backbone.config.vocab_size,
+        )
+        self._dataset = self._packed(shards, "train")
+        self._sampler = ResumableSampler(
+            len(self._dataset),
+            batch_size=config.packs_per_batch,
+            seed=config.seed,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+        )
+        self._num_steps = config.max_steps or max(1, round(config.num_epochs * self._sampler.batches_per_epoch))
+        self._features = self._feature_source(backbone, shards)
+        computed = ComputedFeatures(backbone)
+        held_out_batches = (
+            examples(batch, computed.hidden(batch, ()), config.offsets, teachers=False)
+            for batch in self._held_out_packs(shards)
+        )
+        self._held_out_batches = [batch for batch in held_out_batches if batch.num_positions]
+        if not self._held_out_batches:
+            raise DataError(f"{shards.folder}: the held-out answers are too short for offsets {list(config.offsets)}")
+        heads = self._new_heads(backbone, lm_head)
+        objective = Objective(heads, self._frozen, loss=config.loss, decay=config.decay)
+        optimizer = torch.optim.AdamW(
+            objective.parameters(),
+            lr=config.learning_rate,
+            betas=(0.9, 0.95),
+            weight_decay=config.weight_decay,
+            fused=backbone.device.type == "cuda",
+        )
+        self._scheduler = LambdaLR(optimizer, self._learning_rate_share)
+        self._objective, self._optimizer = accelerator.prepare(objective, optimizer)
+        self._heads = heads
+        self._best = _copy(heads)
+        self._state = _Progress()
+
+    def run(self) -> TrainResult:
+        self._resume()
+        try:
+            self._train()
+        except OSError as error:
+            raise TrainingError(f"{self._folder}: cannot be written: {error.strerror or error}") from error
+        self._accelerator.wait_for_everyone()
+        return self._result()
+
+    def _train(self) -> None:
+        steps = tqdm(
+            total=self._num_steps,
+            initial=self._state.step,
+            desc="training",
+            unit="step",
+            disable=not self._show or None,
+        )
+        with steps, _Log(self._folder, self._state.step, on=self._accelerator.is_main_process) as log:
+            batches = self._batches()
+            mark = time.perf_counter()
+            while self._state.step < self._num_steps and not self._state.stopped_early:
+                loss, own, count = self._step(*next(batches))
+                self._state.step += 1
+                self._state.num_positions += count
+                steps.update(1)
+                done = self._state.step >= self._num_steps
+                evaluate = done or self._state.step % self._config.eval_every == 0
+                save = done or self._state.step % self._config.save_every == 0
+                if not (evaluate or save or self._state.step % 20 == 0):
+                    continue
+                loss_value, own_values = float(loss), own.tolist()  # waits for the device
+                elapsed = time.perf_counter() - mark
+                self._state.train_seconds += elapsed
+                record = self._record(loss_value, own_values)
+                self._check_finite(loss_value)
+                if evaluate:
+                    record["held_out"] = _held_out_record(self._evaluate(), self._config)
+                log.write(record)
+                steps.set_postfix_str(f"loss {loss_value:.3f}", refresh=False)
+                self._state.seconds += time.perf_counter() - mark
+                mark = time.perf_counter()
+                if save or self._state.stopped_early:
+                    self._save()
+                    self._state.seconds += time.perf_counter() - mark
+                    mark = time.perf_counter()
+
+    def _check_finite(self, loss: float) -> None:
+        """Before anything of it is measured, logged or saved. The loss is of the weights before the latest step."""
+        if not math.isfinite(loss):
+            what = f"the loss is {loss}"
+        elif not all(bool(weight.isfinite().all()) for weight in self._heads.parameters()):
+            what = "weights are not finite"
+        else:
+            return
+        raise TrainingError(
+            f"{self._folder}: {what} at step {self._state.step}: lower the learning rate and start a new run"
+        )
+
+    def _step(self, batch: PackBatch, packs: list[int]) -> tuple[Tensor, Tensor, int]:
+        hidden = self._features.hidden(batch, packs)
+        chosen = examples(batch, hidden, self._config.offsets, teachers=self._config.loss is Loss.KL)
+        loss, own = self._objective(chosen)
+        self._accelerator.backward(loss)
+        self._accelerator.clip_grad_norm_(self._objective.parameters(), self._config.max_grad_norm)
+        self._optimizer.step()
+        self._scheduler.step()
+        self._optimizer.zero_grad()
+        return loss.detach(), own, chosen.num_positions * self._accelerator.num_processes
+
+    def _evaluate(self) -> HeldOut:
+        """Every process measures the same batches with the same weights, and so decides the same."""
+        measured = self._measure(self._heads)
+        length = measured.acceptance_length(self._config.offsets)
+        if length > self._state.best_length:
+            self._state.best_length, self._state.evaluations_since_best = length, 0
+            self._best = _copy(self._heads)
+        else:
+            self._state.evaluations_since_best += 1
+            self._state.stopped_early = 0 < self._config.patience <= self._state.evaluations_since_best
+        return measured
+
+    def _measure(self, heads: DraftHeads) -> HeldOut:
+        with self._accelerator.autocast():
+            return held_out(heads, self._frozen, self._held_out_batches)
+
+    def _result(self) -> TrainResult:
+        heads = self._new_heads_like()
+        heads.load_state_dict(self._best)
+        device = next(self._heads.parameters()).device
+        measured = self._measure(heads.to(device))
+        state = self._state
+        peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+        return TrainResult(
+            heads=heads.cpu().eval(),
+            draft_vocabulary=self._vocabulary,
+            held_out=measured,
+            num_steps=state.step,
+            num_positions=state.num_positions,
+            seconds=state.seconds,
+            positions_per_second=state.num_positions / state.train_seconds if state.train_seconds else 0.0,
+            peak_memory_bytes=peak,
+            stopped_early=state.stopped_early,
+        )
+
+    def _batches(self) -> Iterator[tuple[PackBatch, list[int]]]:
+        on_gpu = self._accelerator.device.type == "cuda"
+        loader: DataLoader[Any] = DataLoader(
+            _Numbered(self._dataset),
+            batch_sampler=self._sampler,
+            collate_fn=_collate_numbered,
+            num_workers=4 if on_gpu else 0,
+            prefetch_factor=8 if on_gpu else None,
+        )
+        yield from loader
+
+    def _held_out_packs(self, shards: ShardSet) -> list[PackBatch]:
+        dataset = self._packed(shards, "heldout")
+        chosen = range(0, len(dataset), max(1, len(dataset) // _HELD_OUT_PACKS))
+        size = self._config.packs_per_batch
+        groups = [list(chosen)[at : at + size] for at in range(0, len(chosen), size)]
+        return [collate([dataset[index] for index in group]) for group in groups]
+
+    def _packed(self, shards: ShardSet, split: Split) -> PackedDataset:
+        if not shards.num_targets(split):
+            raise DataError(
+                f"{shards.folder}: the {split} split holds no answers: distil more data into another folder"
+            )
+        return PackedDataset(
+            shards.sequences(split),
+            pack_length=self._config.pack_length,
+            offsets=self._config.offsets,
+            seed=self._config.seed,
+        )
+
+    def _feature_source(self, backbone: Backbone, shards: ShardSet) -> FeatureSource:
+        if not self._config.cache_features:
+            return ComputedFeatures(backbone)
+        key = f"{shards.index.fingerprint}/{backbone.kernels}/{self._config.seed}"
+        cached = CachedFeatures(self._folder / "features", self._dataset, backbone, fingerprint=key)
+        cached.fill(
+            progress=self._show, rank=self._accelerator.process_index, world_size=self._accelerator.num_processes
+        )
+        self._accelerator.wait_for_everyone()
+        return cached
+
+    def _new_heads(self, backbone: Backbone, lm_head: Tensor) -> DraftHeads:
+        heads = self._new_heads_like(backbone.config.hidden_size, lm_head)
+        if isinstance(heads, HydraHeads):
+            rms = float(self._held_out_batches[0].hidden.float().square().mean().sqrt())
+            heads.start_as_pass_through(hidden_rms=rms, lm_head=lm_head.cpu().float())
+        return heads.to(backbone.device)
+
+    def _new_heads_like(self, hidden_size: int | None = None, lm_head: Tensor | None = None) -> DraftHeads:
+        config = self._config
+        lm_head = self._frozen.lm_head if lm_head is None else lm_head
+        hidden_size = hidden_size or lm_head.shape[1]
+        if config.family == "medusa":
+            own = lm_head.cpu().float() if config.own_projection else None
+            return MedusaHeads(hidden_size, num_heads=config.num_heads, num_blocks=config.num_blocks, lm_head=own)
+        shape = HydraShape(
+            hidden_size=hidden_size,
+            num_heads=config.num_heads,
+            num_blocks=config.num_blocks,
+            own_projection=lm_head.shape[0] if config.own_projection else None,
+        )
+        return HydraHeads(shape)
+
+    def _learning_rate_share(self, step: int) -> float:
+        warmup, low = self._config.warmup_steps, self._config.min_learning_rate_share
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        done = min(1.0, (step - warmup) / max(1, self._num_steps - warmup))
+        return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * done))
+
+    def _record(self, loss: float, own: list[float]) -> dict[str, Any]:
+        state = self._state
+        return {
+            "step": state.step,
+            "epoch": round(state.step / self._sampler.batches_per_epoch, 3),
+            "num_positions": state.num_positions,
+            "loss": loss,
+            "head_losses": own,
+            "learning_rate": self._scheduler.get_last_lr()[0],
+            "positions_per_second": state.num_positions / state.train_seconds if state.train_seconds else 0.0,
+        }
+
+    def _save(self) -> None:
+        if not self._accelerator.is_main_process:
+            return
+        state = {
+            "fingerprint": json.dumps(self._fingerprint, sort_keys=True),
+            "progress": asdict(self._state),
+            "heads": self._heads.state_dict(),
+            "best": self._best,
+            "optimizer": self._optimizer.state_dict(),
+            "scheduler": self._scheduler.state_dict(),
+            "sampler": self._sampler.state_dict(num_batches=self._state.step),
+            "random": torch.get_rng_state(),
+        }
+        try:
+            with written_whole(self._folder / STATE_FILE) as file:
+                torch.save(state, file)
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+            raise TrainingError(f"{self._folder / STATE_FILE}: cannot be written: {_first_line(error)}") from error
+
+    def _resume(self) -> None:
+        path = self._folder / STATE_FILE
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise TrainingError(f"{self._folder}: cannot be made: {error.strerror}") from error
+        if not path.exists():
+            return
+        device = next(self._heads.parameters()).device
+        try:
+            state = torch.load(path, map_location=device, weights_only=True)
+            was = json.loads(state["fingerprint"])
+        except Exception as error:  # whatever a damaged file makes torch raise
+            raise TrainingError(
+                f"{path}: cannot be read: {_first_line(error)}: remove it to start the run again"
+            ) from error
+        _check_same_run(path, was, self._fingerprint)
+        self._state = _Progress(**state["progress"])
+        self._heads.load_state_dict(state["heads"])
+        self._best = state["best"]
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._scheduler.load_state_dict(state["scheduler"])
+        self._sampler.load_state_dict(state["sampler"])
+        torch.set_rng_state(state["random"].cpu())
+
+
+class _Numbered(torch.utils.data.Dataset[Any]):
+    """Packs with their indices."""
+
+    def __init__(self, dataset: PackedDataset) -> None:
+        self._dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        return index, self._dataset[index]
+
+
+def _collate_numbered(items: list[Any]) -> tuple[PackBatch, list[int]]:
+    return collate([pack for _, pack in items]), [index for index, _ in items]
+
+
+class _Log:
+    """`history.jsonl` and TensorBoard, on one process only. What a resumed run does again is written again."""
+
+    def __init__(self, folder: Path, step: int, *, on: bool) -> None:
+        self._on = on
+        self._path = folder / HISTORY_FILE
+        self._tensorboard: Any = None
+        if not on:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        kept = [record for record in read_history(folder) if record["step"] <= step]
+        with written_whole(self._path) as file:
+            file.writelines(json.dumps(record).encode() + b"\n" for record in kept)
+        self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+    def __enter__(self) -> "_Log":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+    def write(self, record: dict[str, Any]) -> None:
+        if not self._on:
+            return
+        with self._path.open("ab") as file:
+            file.write(json.dumps(record).encode() + b"\n")
+        step = record["step"]
+        for name in ("loss", "learning_rate", "positions_per_second"):
+            self._tensorboard.add_scalar(name, record[name], step)
+        for head, loss in enumerate(record["head_losses"]):
+            self._tensorboard.add_scalar(f"head_loss/{head + 1}", loss, step)
+        if "held_out" in record:
+            measured = record["held_out"]
+            self._tensorboard.add_scalar("held_out/acceptance_length", measured["acceptance_length"], step)
+            for head, row in enumerate(measured["accuracies"]):
+                self._tensorboard.add_scalar(f"held_out/top_1/{head + 1}", row[0], step)
+
+
+def read_history(folder: Path) -> list[dict[str, Any]]:
+    """The records of a run's `history.jsonl`, none where there is no file. A last line cut off by a kill is dropped."""
+    path = folder / HISTORY_FILE
+    records = []
+    if path.exists():
+        for line in path.read_text().splitlines():
+            with suppress(ValueError):
+                records.append(json.loads(line))
+    return records
+
+
+def _held_out_record(measured: HeldOut, config: TrainConfig) -> dict[str, Any]:
+    return {
+        "acceptance_length": measured.acceptance_length(config.offsets),
+        "accuracies": [[round(share, 5) for share in row] for row in measured.accuracies],
+        "losses": measured.losses,
+    }
+
+
+def _first_line(error: Exception) -> str:
+    """torch explains itself at length."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def _copy(heads: DraftHeads) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in heads.state_dict().items()}
+
+
+def _check_same_run(path: Path, was: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    if was["shards"] != now["shards"]:
+        raise TrainingError(f"{path}: the run was begun on other data: give another folder, or remove this one")
+    for name, value in now["config"].items():
+        if was["config"].get(name) != value:
+            raise TrainingError(
+                f"{path}: the run was begun with {name} {was['config'].get(name)} and cannot go on with {value}: "
+                "resume it as it was begun, or give another folder"
+            )
