@@ -149,6 +149,22 @@ def test_many_requests_at_once_equal_themselves_alone(smollm2: Path, default: En
     assert [tokens[request.id] for request in requests] == alone
 
 
+@pytest.mark.parametrize("num_slots", [1, 2])
+def test_a_request_of_one_token_leaves_nothing_to_the_next(fp32: Engine, num_slots: int) -> None:
+    """It ends while it is admitted, in the same step as the next one begins."""
+    alone = run(fp32, fp32.request(chat(QUESTIONS[3]), SamplingParams(max_tokens=12)))[0]
+    config = EngineConfig(adaptive=False, context=1024, num_slots=num_slots)
+    engine = Engine(backbone=fp32.backbone, tokenizer=fp32.tokenizer, drafters=[NgramDrafter()], config=config)
+    short = engine.request(chat(QUESTIONS[5]), SamplingParams(max_tokens=1))
+    following = engine.request(chat(QUESTIONS[3]), SamplingParams(max_tokens=12))
+    tokens: dict[str, list[int]] = {short.id: [], following.id: []}
+    for event in engine.generate(short, following):
+        if isinstance(event, TokenEvent):
+            tokens[event.request_id] += event.token_ids
+    assert len(tokens[short.id]) == 1
+    assert tokens[following.id] == alone
+
+
 def test_stop_strings_end_the_text_before_them(default: Engine) -> None:
     question = chat("Count from one to ten in words.")
     _, _, whole = run(default, default.request(question, SamplingParams(max_tokens=60)))

@@ -19,6 +19,7 @@ class RandomDrafter:
     vocab_size: int
     seed: int = 0
     name: str = "random"
+    is_costly: bool = False
     generator: torch.Generator = field(init=False)
 
     def __post_init__(self) -> None:
@@ -44,6 +45,7 @@ class OracleDrafter:
 
     futures: dict[tuple[int, ...], list[int]]
     name: str = "oracle"
+    is_costly: bool = False
 
     def propose(self, context: DraftContext, max_nodes: int) -> CandidateTree:
         rows = []
@@ -70,6 +72,7 @@ class WrongDrafter:
     oracle: OracleDrafter
     vocab_size: int
     name: str = "wrong"
+    is_costly: bool = False
 
     def propose(self, context: DraftContext, max_nodes: int) -> CandidateTree:
         right = self.oracle.propose(context, max_nodes)

@@ -56,10 +56,18 @@ class RunningBatch:
         )
 
     def _joined_candidates(self, other: "RunningBatch") -> MergedCandidates | None:
-        # A side that drafted nothing has no candidates at all: the joined batch then takes one plain step.
-        if self.candidates is None or other.candidates is None:
+        ours, theirs = self.candidates, other.candidates
+        if ours is None and theirs is None:
             return None
-        return _concatenate(self.candidates, other.candidates)
+        if any(side is not None and side.draft_probs is not None for side in (ours, theirs)):
+            # Drawn drafts come with their distributions: without those of one side, one plain step for all.
+            return None if ours is None or theirs is None else _concatenate(ours, theirs)
+        # A side that drafted nothing, or with fewer drafters, gets padding: the other keeps its guesses.
+        ours = ours or _no_candidates(self.root_tokens, like=theirs)
+        theirs = theirs or _no_candidates(other.root_tokens, like=ours)
+        names = tuple(dict.fromkeys(ours.source_names + theirs.source_names))
+        width = max(ours.tokens.shape[1], theirs.tokens.shape[1])
+        return _concatenate(_widened(ours, width, names), _widened(theirs, width, names))
 
     def _sampling(self, params: list[SamplingParams]) -> SamplingBatch:
         return SamplingBatch.of(params, vocab_size=self.sampling.vocab_size, device=self.slots.device)
@@ -84,3 +92,36 @@ def _concatenate(first: T | None, second: T | None) -> T | None:
         if isinstance(t := getattr(first, f.name), Tensor)
     }
     return replace(first, **joined)
+
+
+def _no_candidates(root_tokens: Tensor, *, like: MergedCandidates | None) -> MergedCandidates:
+    """Padding for B sequences [B] that drafted nothing."""
+    assert like is not None
+    zeros = torch.zeros((root_tokens.shape[0], like.tokens.shape[1]), dtype=torch.int64, device=root_tokens.device)
+    return MergedCandidates(
+        tokens=zeros,
+        parents=zeros - 1,
+        log_probs=torch.full_like(zeros, -torch.inf, dtype=torch.float32),
+        ranks=zeros,
+        sources=zeros,
+        source_names=like.source_names,
+    )
+
+
+def _widened(candidates: MergedCandidates, width: int, names: tuple[str, ...]) -> MergedCandidates:
+    """The same candidates with padding up to `width`, their sources indices into `names`."""
+    places = to_device([names.index(name) for name in candidates.source_names], candidates.sources.device)
+    missing = width - candidates.tokens.shape[1]
+
+    def pad(values: Tensor, value: float) -> Tensor:
+        return torch.nn.functional.pad(values, (0, missing), value=value)
+
+    return replace(
+        candidates,
+        tokens=pad(candidates.tokens, 0),
+        parents=pad(candidates.parents, -1),
+        log_probs=pad(candidates.log_probs, -torch.inf),
+        ranks=pad(candidates.ranks, 0),
+        sources=pad(places[candidates.sources], 0),
+        source_names=names,
+    )

@@ -29,6 +29,7 @@ class Calibration:
 
     plain_step_seconds: float
     cost_model: CostModel
+    costly_draft_seconds: float | None = None  # of the drafters that run a network; None where there are none
 
     @property
     def plain_tokens_per_second(self) -> float:
@@ -53,7 +54,8 @@ def _measure(step: SpeculativeStep, slot: int) -> Calibration:
     plain = Wanted(draft=False)
     start = step.prefill(slot, prompt, sampling, None, chunk_size=prefix, wanted=plain, check=lambda: None)
 
-    batch, plain_times, draft_times = start.batch, [], []
+    costly = any(drafter.is_costly for drafter in step.drafters)
+    batch, plain_times, tree_times, draft_times = start.batch, [], [], []
     rows = [r for r in _ROW_COUNTS if r <= step.max_nodes]
     pass_times: dict[int, list[float]] = {r: [] for r in rows}
     length = prefix
@@ -69,14 +71,18 @@ def _measure(step: SpeculativeStep, slot: int) -> Calibration:
             began = _now(device)
             step.backbone.forward(inputs, step.cache)
             pass_times[count] += [_now(device) - began] if timed else []
+        if costly:
+            began = _now(device)
+            step.draft(batch, length)
+            draft_times += [_now(device) - began] if timed else []
         began = _now(device)
-        step.draft(batch, length)
+        step.draft(batch, length, costly=False)
         # Random text gives a lookup nothing to find, and what is not found is not merged: that part is added here.
         guesses = merge_candidates(
             [_chain_of_guesses(step, generator)], max_nodes=step.max_nodes, max_depth=step.max_depth
         )
         flatten(batch.root_tokens, guesses, to_device([step.max_nodes], device), step.max_nodes)
-        draft_times += [_now(device) - began] if timed else []
+        tree_times += [_now(device) - began] if timed else []
 
     plain_step = statistics.median(plain_times)
     medians = [statistics.median(pass_times[r]) for r in rows]
@@ -85,8 +91,12 @@ def _measure(step: SpeculativeStep, slot: int) -> Calibration:
     seconds = [plain_step]
     for median in medians[1:]:
         seconds.append(max(median + overhead, seconds[-1]))
-    model = CostModel(rows=tuple(rows), seconds=tuple(seconds), draft_seconds=statistics.median(draft_times))
-    return Calibration(plain_step_seconds=plain_step, cost_model=model)
+    model = CostModel(rows=tuple(rows), seconds=tuple(seconds), draft_seconds=statistics.median(tree_times))
+    return Calibration(
+        plain_step_seconds=plain_step,
+        cost_model=model,
+        costly_draft_seconds=statistics.median(draft_times) if draft_times else None,
+    )
 
 
 def _chain_of_guesses(step: SpeculativeStep, generator: torch.Generator) -> CandidateTree:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from gorgon_engine.backbone.base import Backbone
 from gorgon_engine.backbone.select import BackboneOptions, load_backbone
-from gorgon_engine.budget import TreeBudget
+from gorgon_engine.budget import CostlyDrafting, TreeBudget
 from gorgon_engine.calibration import Calibration, calibrate
 from gorgon_engine.detokenizer import IncrementalDetokenizer
 from gorgon_engine.drafters.base import Drafter
@@ -41,8 +41,8 @@ class EngineConfig:
 
     model: str = "smollm2"
     backbone: BackboneOptions = field(default_factory=BackboneOptions)
-    heads: Path | None = None
-    drafter: DrafterKind | None = None  # None: heads and lookup where heads are given, else lookup
+    heads: Path | None = None  # None: those that come with the program for this backbone, if any
+    drafter: DrafterKind | None = None  # None: heads and lookup where there are heads, else lookup
     heads_tree: HeadsTree = HeadsTree.DYNAMIC
     draw_drafts: bool = False  # draw the heads' guesses, as the rejection rule needs them, instead of the likeliest
     max_nodes: int = 32
@@ -97,7 +97,7 @@ class Engine:
         )
         step = SpeculativeStep(backbone, cache, tuple(drafters), max_nodes=config.max_nodes, max_depth=config.max_depth)
         self.calibration: Calibration | None = calibrate(step) if config.adaptive else None
-        budget = TreeBudget(config.max_nodes, self.calibration.cost_model if self.calibration else None)
+        budget = _budget(config, self.calibration)
         eos = frozenset(shape.eos_token_ids)
         self._scheduler = Scheduler(step, budget, chunk_size=config.chunk_size, eos_token_ids=eos)
         self._numbers = itertools.count(1)
@@ -191,3 +191,14 @@ class Engine:
                 for request_id in unfinished:
                     self.cancel(request_id)
                 self._scheduler.drop_cancelled()
+
+
+def _budget(config: EngineConfig, calibration: Calibration | None) -> TreeBudget:
+    if calibration is None:
+        return TreeBudget(config.max_nodes, None)
+    draft_seconds = calibration.costly_draft_seconds
+    return TreeBudget(
+        config.max_nodes,
+        calibration.cost_model,
+        None if draft_seconds is None else CostlyDrafting(draft_seconds),
+    )

@@ -114,7 +114,7 @@ class Scheduler:
                 sampling,
                 counts,
                 chunk_size=self._chunk_size,
-                wanted=_wanted([sequence]),
+                wanted=_wanted([sequence], self._budget),
                 check=partial(self._raise_if_cancelled, request.id),
             )
         except _CancelledError:
@@ -129,7 +129,7 @@ class Scheduler:
             raise
         key = (request.speculation.acceptance, counts is not None, request.speculation.enabled)
         group = self._groups.get(key)
-        if group is None:
+        if group is None or not group.sequences:  # all of it has ended in this very step: its rows are nobody's
             group = self._groups[key] = _Group([sequence], result.batch)
         else:
             group.sequences.append(sequence)
@@ -150,7 +150,7 @@ class Scheduler:
             num_nodes,
             max_length=max(s.committed_length for s in sequences),
             rule=sequences[0].request.speculation.acceptance,
-            wanted=_wanted(sequences),
+            wanted=_wanted(sequences, self._budget),
         )
         self._budget.observe(sequences, result)
         group.batch = result.batch
@@ -244,12 +244,13 @@ def _params(group: _Group) -> list[SamplingParams]:
     return [s.request.sampling for s in group.sequences]
 
 
-def _wanted(sequences: list[Sequence]) -> Wanted:
+def _wanted(sequences: list[Sequence], budget: TreeBudget) -> Wanted:
     logprobs = [s.request.sampling.logprobs for s in sequences if s.request.sampling.logprobs is not None]
     return Wanted(
         num_logprobs=max(logprobs) if logprobs else None,
         trace=any(s.request.trace for s in sequences),
         draft=any(s.request.speculation.enabled for s in sequences),
+        costly=budget.wants_costly,
     )
 
 

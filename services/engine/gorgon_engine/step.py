@@ -16,7 +16,7 @@ from torch import Tensor
 from gorgon_engine.acceptance import Acceptance, AcceptanceRule, accept
 from gorgon_engine.backbone.base import Backbone, ForwardInputs, ForwardOutput, LogitsFor
 from gorgon_engine.batch import RunningBatch
-from gorgon_engine.drafters.base import DraftContext, Drafter
+from gorgon_engine.drafters.base import Committed, DraftContext, Drafter, StatefulDrafter
 from gorgon_engine.kv_cache import KVCache
 from gorgon_engine.logprobs import TokenLogprobs, gather_logprobs, token_logprobs
 from gorgon_engine.sampling import SamplingBatch, TokenCounts, process_logits, sample
@@ -35,6 +35,7 @@ class Wanted:
     num_logprobs: int | None = None  # alternatives a token; None = no log-probabilities at all
     trace: bool = False  # the trees themselves
     draft: bool = True  # a next tree to verify; False = plain decoding, at no cost
+    costly: bool = True  # drafted by the drafters that run a network too
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,11 +72,13 @@ class StepResult:
     logprobs: list[list[TokenLogprobs]] | None
     traces: list[TreeTrace] | None
     seconds: StepSeconds
+    drafted: bool = False  # a next tree was looked for,
+    drafted_costly: bool = False  # and by the drafters that run a network too
 
 
 class SpeculativeStep:
     """The verbs of a step over one backbone, one cache and one set of drafters. No per-sequence state but the history
-    of tokens, which lies beside the KV cache and is indexed like it."""
+    of tokens and what drafters remember, which lie beside the KV cache and are indexed like it."""
 
     def __init__(
         self, backbone: Backbone, cache: KVCache, drafters: Sequence[Drafter], *, max_nodes: int, max_depth: int
@@ -83,12 +86,16 @@ class SpeculativeStep:
         assert max_nodes <= cache.max_scratch
         self.backbone = backbone
         self.cache = cache
-        self.drafters = tuple(drafters)
+        num_positions = cache.keys.shape[3]
+        self.drafters = tuple(
+            drafter.for_slots(cache.num_slots, num_positions) if isinstance(drafter, StatefulDrafter) else drafter
+            for drafter in drafters
+        )
         self.max_nodes = max_nodes
         self.max_depth = max_depth
-        self._history = torch.zeros(
-            (cache.num_slots, cache.keys.shape[3] + 1), dtype=torch.int64, device=backbone.device
-        )
+        # Nobody has to remember anything where nothing is ever drafted.
+        self._stateful = [d for d in self.drafters if isinstance(d, StatefulDrafter) and max_nodes > 1]
+        self._history = torch.zeros((cache.num_slots, num_positions + 1), dtype=torch.int64, device=backbone.device)
 
     @torch.inference_mode()
     def run(
@@ -115,7 +122,8 @@ class SpeculativeStep:
         after = self.commit(batch, verified, accepted)
         commit_seconds = clock.lap()
         if wanted.draft:
-            after = self.draft(after, max_length + accepted.tokens.shape[1])
+            self.observe(batch, verified, accepted)
+            after = self.draft(after, max_length + accepted.tokens.shape[1], costly=wanted.costly)
         seconds = StepSeconds(clock.lap(), verify_seconds, accept_seconds, commit_seconds)
         return _read(after, tree, accepted, verified.logits, wanted, seconds)
 
@@ -145,6 +153,8 @@ class SpeculativeStep:
             last = start + chunk_size >= len(prompt)
             output = self.backbone.forward(inputs, self.cache, logits_for=LogitsFor.LAST if last else LogitsFor.NONE)
             self.cache.append(slot, chunk.shape[0])
+            if wanted.draft and not last:
+                self._observe_prompt(slot, start, output)
         position = torch.tensor([len(prompt)], device=device)
         token = sample(process_logits(output.logits[:, -1], sampling, counts), sampling, position)
         if counts is not None:
@@ -161,7 +171,10 @@ class SpeculativeStep:
         )
         root = flatten(token, None, torch.ones_like(token), 1)
         first = Acceptance(path=root.depths, tokens=token[:, None], num_committed=torch.ones_like(token))
-        drafted = self.draft(batch, len(prompt)) if wanted.draft else batch
+        drafted = batch
+        if wanted.draft:
+            self._observe_prompt(slot, start, output)  # the last chunk, which the root follows
+            drafted = self.draft(batch, len(prompt), costly=wanted.costly)
         return _read(drafted, root, first, output.logits[:, -1:], wanted, StepSeconds())
 
     def verify(self, batch: RunningBatch, tree: TreeBatch, max_length: int) -> ForwardOutput:
@@ -204,10 +217,42 @@ class SpeculativeStep:
             hidden=verified.hidden[rows, accepted.path[rows, last]],
         )
 
-    def draft(self, batch: RunningBatch, max_length: int) -> RunningBatch:
-        """Guess continuations of every root, best first."""
-        if not self.drafters or self.max_nodes == 1:
-            return batch
+    def observe(self, batch: RunningBatch, verified: ForwardOutput, accepted: Acceptance) -> None:
+        """Tell the drafters that remember what was committed, also in steps in which they do not draft: else their
+        memory had gaps. Sequences that do not speculate never get here. batch: its slots count."""
+        if not self._stateful:
+            return
+        rows = torch.arange(batch.slots.shape[0], device=batch.slots.device)[:, None]
+        committed = Committed(
+            slots=batch.slots,
+            starts=self.cache.lengths[batch.slots] - accepted.num_committed,
+            hidden=verified.hidden[rows, accepted.path],
+            next_tokens=accepted.tokens,
+            counts=accepted.num_committed,
+        )
+        for drafter in self._stateful:
+            drafter.observe(committed)
+
+    def _observe_prompt(self, slot: int, start: int, output: ForwardOutput) -> None:
+        """The chunk of a prompt from `start` on, once the token behind it is in the history."""
+        if not self._stateful:
+            return
+        count, device = output.hidden.shape[1], self.backbone.device
+        committed = Committed(
+            slots=torch.tensor([slot], device=device),
+            starts=torch.tensor([start], device=device),
+            hidden=output.hidden,
+            next_tokens=self._history[slot, start + 1 : start + count + 1][None],
+            counts=torch.tensor([count], device=device),
+        )
+        for drafter in self._stateful:
+            drafter.observe(committed)
+
+    def draft(self, batch: RunningBatch, max_length: int, *, costly: bool = True) -> RunningBatch:
+        """Guess continuations of every root, best first. costly: by the drafters that run a network too."""
+        drafters = [drafter for drafter in self.drafters if costly or not drafter.is_costly]
+        if not drafters or self.max_nodes == 1:
+            return replace(batch, candidates=None)
         bound = min(_round_up(max_length + 1), self._history.shape[1])
         context = DraftContext(
             root_tokens=batch.root_tokens,
@@ -215,8 +260,9 @@ class SpeculativeStep:
             history=self._history[batch.slots, :bound],
             history_lengths=self.cache.lengths[batch.slots] + 1,
             seeds=batch.sampling.seeds,
+            slots=batch.slots,
         )
-        forests = [drafter.propose(context, self.max_nodes - 1) for drafter in self.drafters]
+        forests = [drafter.propose(context, self.max_nodes - 1) for drafter in drafters]
         # On a CPU a look at the guesses costs nothing: where there are none, the next step is a plain one at no cost.
         if batch.slots.device.type == "cpu" and not any(bool((f.log_probs > -torch.inf).any()) for f in forests):
             return replace(batch, candidates=None)
@@ -253,6 +299,8 @@ def _read(
         logprobs=[token_logprobs(read, row, tokens[row]) for row in rows] if "logprob" in read else None,
         traces=[_trace(read, row, tree.source_names, num_committed[row]) for row in rows] if wanted.trace else None,
         seconds=seconds,
+        drafted=wanted.draft,
+        drafted_costly=wanted.draft and wanted.costly,
     )
 
 

@@ -24,6 +24,7 @@ class HeadsDrafter:
     """A tree of the heads' likeliest tokens: this step's likeliest paths, or a fixed topology."""
 
     name = "head"
+    is_costly = True
 
     def __init__(
         self,
@@ -68,6 +69,7 @@ class DrawnHeadsDrafter:
     """
 
     name = "head"
+    is_costly = True
 
     def __init__(
         self,

@@ -33,6 +33,7 @@ class NgramDrafter:
     """Up to `num_chains` continuations of the longest, then most recent, earlier occurrences of the suffix."""
 
     name = "lookup"
+    is_costly = False
 
     def __init__(
         self, *, max_match: int = 8, num_chains: int = 4, depth: int = 12, device: torch.device | None = None

@@ -16,7 +16,7 @@ class CostModel:
 
     rows: tuple[int, ...]  # ascending
     seconds: tuple[float, ...]
-    draft_seconds: float = 0.0  # what drafting, building and walking a tree adds to a plain step
+    draft_seconds: float = 0.0  # what building and walking a tree adds to a plain step
 
     def __post_init__(self) -> None:
         assert len(self.rows) == len(self.seconds) >= 1
@@ -31,10 +31,13 @@ class CostModel:
         s0, s1 = self.seconds[right - 1], self.seconds[right]
         return max(s0 + (s1 - s0) * (num_rows - r0) / (r1 - r0), 1e-9)
 
-    def choose_nodes(self, path_probs: Sequence[Sequence[float]], *, max_nodes: int) -> list[int]:
+    def choose_nodes(
+        self, path_probs: Sequence[Sequence[float]], *, max_nodes: int, spent_seconds: float = 0.0
+    ) -> list[int]:
         """Nodes for each sequence (root included), from its candidates' probabilities in descending order.
 
-        Sequences share the pass, so the next row goes wherever it is likeliest to be accepted.
+        Sequences share the pass, so the next row goes wherever it is likeliest to be accepted. spent_seconds: what the
+        step costs beside the pass whatever is chosen, such as drafters that run in any case.
         """
         batch = len(path_probs)
         ranked = sorted(
@@ -42,10 +45,10 @@ class CostModel:
             key=lambda item: -item[0],
         )
         tokens = float(batch)
-        best_rate, best_count = tokens / self.step_seconds(batch), 0
+        best_rate, best_count = tokens / (self.step_seconds(batch) + spent_seconds), 0
         for count, (probability, _) in enumerate(ranked, start=1):
             tokens += probability
-            rate = tokens / (self.step_seconds(batch + count) + self.draft_seconds)
+            rate = tokens / (self.step_seconds(batch + count) + self.draft_seconds + spent_seconds)
             if rate > best_rate:
                 best_rate, best_count = rate, count
         nodes = [1] * batch
