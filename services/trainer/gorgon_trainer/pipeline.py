@@ -22,18 +22,14 @@ from gorgon_engine.models.identity import backbone_identity
 from gorgon_engine.tokenizer import Tokenizer
 from gorgon_protocol.errors import TrainingError
 from gorgon_protocol.manifest import BackboneReference
-from gorgon_trainer.data.builtin import builtin_records
 from gorgon_trainer.data.fetch import fetch_data
 from gorgon_trainer.data.prepare import PrepareConfig, prepare
-from gorgon_trainer.data.records import to_line
-from gorgon_trainer.data.sources import Source
 from gorgon_trainer.distill import DistillConfig, DistillReport, distill
 from gorgon_trainer.evaluation.measured import MeasureSettings
 from gorgon_trainer.evaluation.prompts import read_prompts
-from gorgon_trainer.files import written_whole
 from gorgon_trainer.finish import BOTH, HEADS, EvaluateConfig, complete_checkpoint, evaluate, report
 from gorgon_trainer.package import CheckpointName, checkpoint_manifest, write_checkpoint
-from gorgon_trainer.presets import PRESETS, Preset
+from gorgon_trainer.presets import Preset
 from gorgon_trainer.publish import publish
 from gorgon_trainer.shards import ShardSet
 from gorgon_trainer.training import TrainConfig, train
@@ -117,7 +113,7 @@ def train_with(
 
 
 def run_preset(
-    name: str,
+    preset: Preset,
     out: Path,
     *,
     model: str | None = None,
@@ -132,7 +128,6 @@ def run_preset(
     prompts: what to measure on; None = held-out prompts of the data. Under torchrun the training is spread over all
     processes, and the rest is done by the first one.
     """
-    preset = PRESETS[name]
     model = model or preset.model
     accelerator = make_accelerator(device)
     options = BackboneOptions(quantization=preset.quantization, device=device)
@@ -170,14 +165,7 @@ def run_preset(
 
 def _prepare(preset: Preset, out: Path, never_train: tuple[Path, ...], say: Say) -> None:
     say("preparing prompts")
-    if preset.prompts == "sharegpt":
-        sources: tuple[Source, ...] = (fetch_data("sharegpt"),)
-    else:
-        own = out.with_name("builtin.jsonl")
-        own.parent.mkdir(parents=True, exist_ok=True)
-        with written_whole(own) as file:
-            file.writelines(to_line(record) for record in builtin_records())
-        sources = (Source("jsonl", own, title="builtin"),)
+    sources = tuple(fetch_data(name) for name in preset.prompts)
     prepare(PrepareConfig(out=out, sources=sources, never_train=never_train, limit=preset.limit))
 
 

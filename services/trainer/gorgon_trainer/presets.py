@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 from gorgon_engine.models.loading import Quantization
 from gorgon_trainer.distill import DistillConfig
@@ -20,7 +19,7 @@ class Preset:
     checkpoint: str  # the name of the heads
     distill: DistillConfig
     train: TrainConfig
-    prompts: Literal["builtin", "sharegpt"]
+    prompts: tuple[str, ...]  # as `gorgon train data --fetch` names them
     limit: int | None = None  # records
     quantization: Quantization | None = None
     gpu_slots: int = 1024
@@ -39,7 +38,7 @@ PRESETS: Mapping[str, Preset] = {
             title="everything once, in minutes on two CPU cores; heads of little use",
             model="smollm2",
             checkpoint="smoke-hydra",
-            prompts="builtin",
+            prompts=("questions",),
             limit=96,
             distill=DistillConfig(num_passes=1, max_new_tokens=96, context=256, max_turns=1, num_slots=8),
             train=TrainConfig(
@@ -64,14 +63,14 @@ PRESETS: Mapping[str, Preset] = {
             title="the heads that come with the program: one data-centre GPU, a quarter of an hour",
             model="smollm2",
             checkpoint="hydra",
-            prompts="sharegpt",
+            prompts=("sharegpt",),
             quantization=Quantization.NONE,
             distill=DistillConfig(num_passes=6, max_new_tokens=384, context=1024, max_turns=2),
             train=TrainConfig(
-                num_heads=4,
+                num_heads=5,
                 draft_vocab_size=16384,
                 packs_per_batch=32,
-                num_epochs=4,
+                num_epochs=2.25,
                 eval_every=500,
                 save_every=500,
             ),
@@ -83,7 +82,7 @@ PRESETS: Mapping[str, Preset] = {
             title="Llama-3-8B-Instruct in NF4, as it is served: one GPU of 24 GB and up, or several by torchrun",
             model="meta-llama/Meta-Llama-3-8B-Instruct",
             checkpoint="hydra",
-            prompts="sharegpt",
+            prompts=("sharegpt", "questions", "openings"),
             quantization=Quantization.NF4,
             distill=DistillConfig(num_passes=2, max_new_tokens=512, context=1536, max_turns=2, jobs_per_shard=256),
             train=TrainConfig(

@@ -83,6 +83,7 @@ class HydraDrafter:
     """A tree of the heads' likeliest continuations: this step's likeliest paths, or a fixed topology."""
 
     name = "head"
+    is_costly = True
 
     def __init__(
         self,

