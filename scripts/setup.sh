@@ -45,3 +45,6 @@ fi
 # torch first and by itself: pinned here, it is not replaced by whatever build another package would pull in.
 "$venv/bin/pip" install --quiet --upgrade-strategy only-if-needed -c constraints.txt torch
 "$venv/bin/pip" install --quiet -c constraints.txt -e '.[engine,gateway,trainer,dev]'
+# A CUDA build of torch has brought the Triton that it needs; beside a CPU build any will do: its interpreter runs the GPU
+# kernels in the tests.
+"$venv/bin/python" -c 'import triton' 2> /dev/null || "$venv/bin/pip" install --quiet --no-deps 'triton==3.6.0'
