@@ -1,5 +1,8 @@
 """Time of what a step does around its forward pass on a CPU: drafting, merging and laying out, torch against C++.
 
+Cold: after a read of as much memory as a backbone of 135 M int8 weights. The search of Hydra heads in tensor operations
+has its matrices in the native kernels too.
+
     python benchmarks/kernels/cpu_drafting.py
 
 Both sides of all cases take turns within each round and the medians are printed, so that a noisy machine blurs all of
@@ -18,14 +21,20 @@ from dataclasses import dataclass
 import torch
 
 from gorgon_engine.drafters.base import DraftContext
+from gorgon_engine.drafters.beam import BeamLimits
+from gorgon_engine.drafters.hydra import HydraDrafter
 from gorgon_engine.drafters.ngram import NgramDrafter
-from gorgon_engine.kernels.cpu import load_library
+from gorgon_engine.heads.hydra import HydraHeads, HydraShape
+from gorgon_engine.heads.native import PackedHydraHeads
+from gorgon_engine.kernels.cpu import PackedLinear, load_library
 from gorgon_engine.kernels.cpu.drafting import top_log_probs
+from gorgon_engine.kernels.cpu.hydra import NativeHydra
 from gorgon_engine.tree.candidates import CandidateTree
 from gorgon_engine.tree.tree import flatten, flatten_reference, merge_candidates, merge_reference
 
 NUM_CANDIDATES = 31
 MAX_DEPTH = 16
+COLD_BYTES = 150_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +42,7 @@ class Case:
     name: str
     torch: Callable[[], object]
     native: Callable[[], object]
+    cold: bool = False
 
 
 def top_case(rows: int, vocab_size: int, k: int) -> Case:
@@ -93,6 +103,44 @@ def tree_cases() -> list[Case]:
     ]
 
 
+def hydra_cases() -> list[Case]:
+    """Heads and projections of SmolLM2-135M's sizes, one sequence, three depths searched whatever the guesses."""
+    shape = HydraShape(hidden_size=576, num_heads=3, num_blocks=4)
+    heads = HydraHeads(shape).requires_grad_(False)
+    heads.start_as_pass_through()
+    packed = PackedHydraHeads(heads, "int8")
+    embeddings = torch.randn(49152, shape.hidden_size).bfloat16()
+    vocabulary = torch.arange(0, 49152, 3)
+    projection = PackedLinear.pack(torch.randn(vocabulary.numel(), shape.hidden_size) * 0.1, None, "int8")
+    native = packed.in_one_call(embeddings=embeddings, shared=projection, draft_vocabulary=vocabulary)
+    context = DraftContext(
+        root_tokens=torch.tensor([7]),
+        hidden=torch.randn(1, shape.hidden_size),
+        history=torch.tensor([[7]]),
+        history_lengths=torch.tensor([1]),
+        seeds=torch.zeros(1, dtype=torch.int64),
+    )
+
+    def search(width: int, searched: NativeHydra | None) -> Callable[[], object]:
+        drafter = HydraDrafter(
+            packed,
+            embed=lambda tokens: embeddings[tokens].float(),
+            project=projection,
+            draft_vocabulary=vocabulary,
+            limits=BeamLimits(num_choices=6, width=width),
+            native=searched,
+        )
+        return lambda: drafter.propose(context, NUM_CANDIDATES)
+
+    return [
+        Case(
+            f"hydra, 3 depths of {width}, {'cold' if cold else 'hot'}", search(width, None), search(width, native), cold
+        )
+        for width in (1, 4)
+        for cold in (False, True)
+    ]
+
+
 def microseconds(function: Callable[[], object]) -> float:
     start = time.perf_counter()
     function()
@@ -110,17 +158,21 @@ def main() -> None:
     library = load_library()
     if options.threads:
         library.set_num_threads(options.threads)
-        torch.set_num_threads(options.threads)
+    torch.set_num_threads(1)  # as the engine has it beside the native kernels
     print(f"instruction set {library.instruction_set}, {library.num_threads} threads, load {os.getloadavg()[0]:.1f}")
 
     cases = [top_case(rows, vocab, options.k) for vocab in (16384, 49152, 128256) for rows in (1, 4)]
-    cases += [*(lookup_case(length) for length in (1000, 8000)), *tree_cases()]
+    cases += [*(lookup_case(length) for length in (1000, 8000)), *tree_cases(), *hydra_cases()]
+    elsewhere = torch.ones(COLD_BYTES // 4)
     samples: dict[tuple[str, str], list[float]] = {}
     for round_index in range(options.rounds + 5):
         for case in cases:
             for side in ("torch", "native"):
                 function = getattr(case, side)
-                function()  # the side before it has left the caches, and its threads, to themselves
+                if case.cold:
+                    elsewhere.sum()
+                else:
+                    function()  # the side before it has left the caches, and its threads, to themselves
                 taken = microseconds(function)
                 if round_index >= 5:
                     samples.setdefault((case.name, side), []).append(taken)

@@ -23,25 +23,25 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from eagle import EagleConfig, EagleDrafter, train_eagle
 
 from gorgon_engine.backbone.base import Backbone
 from gorgon_engine.backbone.select import BackboneOptions, load_backbone
 from gorgon_engine.drafters.base import Drafter
+from gorgon_engine.drafters.eagle import EagleDrafter
 from gorgon_engine.drafters.heads import HeadsDrafter
 from gorgon_engine.drafters.hydra import HydraDrafter
+from gorgon_engine.heads.eagle import EagleHead
 from gorgon_engine.heads.hydra import HydraHeads
 from gorgon_engine.models.loading import Quantization
 from gorgon_protocol.errors import GorgonError
 from gorgon_trainer.evaluation.replayed import Answers, Replayed, replay_answers
-from gorgon_trainer.objective import FrozenBackbone, Loss
+from gorgon_trainer.objective import Loss
 from gorgon_trainer.shards import ShardSet, TokenSequence
 from gorgon_trainer.training import TrainConfig, TrainResult, train
-from gorgon_trainer.vocabulary import draft_vocabulary, lm_head_weight
 
 NODES = (8, 16, 32, 64)  # rows of a verification pass, root included
 GREEDY_SHARE = 0.97  # rounding moves the first choice at one token in a hundred
-BATCH_POSITIONS = 2048
+BATCH_POSITIONS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,25 +51,29 @@ class Configuration:
     name: str
     train: TrainConfig
     steps_share: float = 1.0
-    eagle: EagleConfig | None = None
 
 
-# Five medusa heads, as the first one repeats the root: all trees are four deep, but for the five hydra heads'.
+# Five medusa heads, as the first one repeats the root: all trees are four deep, but for those of the two with five.
 MEDUSA = TrainConfig(family="medusa", num_heads=5, num_blocks=1)
 HYDRA = TrainConfig(family="hydra", num_heads=4, num_blocks=4)
+EAGLE = TrainConfig(family="eagle", num_heads=4, num_blocks=1, feature_loss_weight=0.0)
+# The published loss of EAGLE-1: soft targets at a tenth of the features' weight.
+EAGLE_FEATURES = replace(EAGLE, loss=Loss.KL, feature_loss_weight=10.0)
 CONFIGURATIONS = (
     Configuration("medusa-1-block", MEDUSA),
     Configuration("medusa-2-blocks", replace(MEDUSA, num_blocks=2)),
     Configuration("hydra", HYDRA),
     Configuration("hydra-kl", replace(HYDRA, loss=Loss.KL)),
+    Configuration("hydra-dropout", replace(HYDRA, dropout=0.2)),
     Configuration("hydra-16k-vocabulary", replace(HYDRA, draft_vocab_size=16384)),
     Configuration("hydra-5-heads", replace(HYDRA, num_heads=5)),
     Configuration("hydra-half-steps", HYDRA, steps_share=0.5),
     Configuration("hydra-double-steps", HYDRA, steps_share=2.0),
-    Configuration("eagle-unroll-1", HYDRA, eagle=EagleConfig(unroll=1)),
-    Configuration("eagle-unroll-5", HYDRA, eagle=EagleConfig(unroll=5)),
-    # The published loss of EAGLE-1: soft targets at a tenth of the features' weight.
-    Configuration("eagle-features", replace(HYDRA, loss=Loss.KL), eagle=EagleConfig(unroll=1, feature_weight=10.0)),
+    Configuration("eagle-unroll-1", EAGLE),
+    Configuration("eagle-unroll-5", replace(EAGLE, num_heads=5, unroll=5)),
+    Configuration("eagle-features", EAGLE_FEATURES),
+    Configuration("eagle-features-unroll-3", replace(EAGLE_FEATURES, unroll=3)),
+    Configuration("eagle-features-dropout", replace(EAGLE_FEATURES, dropout=0.1)),
 )
 
 
@@ -141,8 +145,7 @@ class Ablation:
             pack_length=self._options.pack_length,
             packs_per_batch=self._options.packs_per_batch,
         )
-        eagle = configuration.eagle
-        trained = self._train_heads(config) if eagle is None else self._train_eagle(config, eagle)
+        trained = self._train(config)
         began = time.perf_counter()
         replayed = {
             kind: {nodes: trained.replay(answers, nodes) for nodes in self.nodes}
@@ -166,7 +169,7 @@ class Ablation:
         if self.on_gpu:
             torch.cuda.empty_cache()
 
-    def _train_heads(self, config: TrainConfig) -> Trained:
+    def _train(self, config: TrainConfig) -> Trained:
         with tempfile.TemporaryDirectory() as folder:
             result = train(
                 self._shards,
@@ -179,9 +182,10 @@ class Ablation:
         drafter = heads_drafter(result, config, self.backbone)
 
         def replay(answers: Answers, max_nodes: int) -> Replayed:
+            informed = answers.known_to(drafter)
             return replay_answers(
                 answers,
-                lambda rows: drafter.propose(answers.context(rows), max_nodes - 1),
+                lambda rows: informed.propose(answers.context(rows), max_nodes - 1),
                 batches=answers.batches(BATCH_POSITIONS),
                 max_nodes=max_nodes,
             )
@@ -197,29 +201,6 @@ class Ablation:
             peak_memory_bytes=result.peak_memory_bytes,
         )
 
-    def _train_eagle(self, config: TrainConfig, eagle: EagleConfig) -> Trained:
-        vocabulary = draft_vocabulary(self._shards, config.draft_vocab_size)
-        frozen = FrozenBackbone(
-            embed=self.backbone.embed,
-            lm_head=lm_head_weight(self.backbone, vocabulary),
-            draft_vocabulary=None if vocabulary is None else vocabulary.to(self.backbone.device),
-            vocab_size=self.backbone.config.vocab_size,
-        )
-        result = train_eagle(self._shards, backbone=self.backbone, frozen=frozen, config=config, eagle=eagle)
-
-        def replay(answers: Answers, max_nodes: int) -> Replayed:
-            return EagleDrafter(result.layer, frozen, answers, depth=eagle.depth).replay(max_nodes)
-
-        return Trained(
-            replay=replay,
-            top_1=result.top_1,
-            num_parameters=sum(parameter.numel() for parameter in result.layer.parameters()),
-            num_steps=result.num_steps,
-            train_seconds=result.seconds,
-            positions_per_second=result.positions_per_second,
-            peak_memory_bytes=result.peak_memory_bytes,
-        )
-
 
 def heads_drafter(result: TrainResult, config: TrainConfig, backbone: Backbone) -> Drafter:
     """The trained heads as the engine drafts with them on this device, in dynamic trees."""
@@ -227,6 +208,8 @@ def heads_drafter(result: TrainResult, config: TrainConfig, backbone: Backbone) 
     heads = result.heads.to(backbone.device, dtype).requires_grad_(False)
     vocabulary = None if result.draft_vocabulary is None else result.draft_vocabulary.to(backbone.device)
     project = backbone.project if vocabulary is None else backbone.project_to(vocabulary)
+    if isinstance(heads, EagleHead):
+        return EagleDrafter(heads, embed=backbone.embed, project=project, draft_vocabulary=vocabulary)
     if isinstance(heads, HydraHeads):
         return HydraDrafter(heads, embed=backbone.embed, project=project, draft_vocabulary=vocabulary)
     used = [head for head, offset in enumerate(config.offsets) if offset > 1]

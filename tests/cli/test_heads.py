@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 
 from gorgon_cli import heads as command
 from gorgon_engine.heads.checkpoint import read_heads, save_heads
-from gorgon_engine.heads.families import family_fields
+from gorgon_engine.heads.eagle import EagleHead, EagleShape
+from gorgon_engine.heads.families import DraftHeads, family_fields
 from gorgon_engine.heads.hydra import HydraHeads, HydraShape
 from gorgon_engine.heads.medusa import MedusaHeads
 from gorgon_engine.models.config import BackboneConfig
@@ -34,9 +35,11 @@ def make(folder: Path, tiny: Path, *, family: str = "medusa", **fields: Any) -> 
     """A checkpoint for the tiny model."""
     config = BackboneConfig.from_folder(tiny)
     torch.manual_seed(0)
-    heads: MedusaHeads | HydraHeads = MedusaHeads(config.hidden_size, num_heads=3)
+    heads: DraftHeads = MedusaHeads(config.hidden_size, num_heads=3)
     if family == "hydra":
         heads = HydraHeads(HydraShape(hidden_size=config.hidden_size, num_heads=3, num_blocks=2, normalised=False))
+    elif family == "eagle":
+        heads = EagleHead(EagleShape(config.hidden_size, 8, 2, 8, 128, num_heads=3))
     values: dict[str, Any] = {
         "name": "tiny",
         "version": "1",
@@ -173,6 +176,23 @@ def test_a_manifest_for_programs(gorgon: Gorgon, trained: Path) -> None:
 def test_hydra_heads_are_shown_as_such(gorgon: Gorgon, tiny: Path, tmp_path: Path) -> None:
     _, out, _ = gorgon("heads", "show", make(tmp_path / "hydra", tiny, family="hydra"))
     assert "as they are, residual hidden" in out
+
+
+def test_an_eagle_head_is_shown_verified_and_listed(gorgon: Gorgon, tiny: Path, tmp_path: Path) -> None:
+    heads = make(tmp_path / "eagle", tiny, family="eagle")
+    _, out, _ = gorgon("heads", "show", heads)
+    facts = dict(line.split(maxsplit=1) for line in out.splitlines() if len(line.split(maxsplit=1)) == 2)
+    assert facts["family"] == "eagle"
+    assert facts["shape"] == "one decoder layer for 3 depths, hidden size 64, float32"
+    assert facts["attention"] == "8 query heads on 2 KV heads of 8"
+    assert facts["MLP"] == "SwiGLU of 128"
+    # 2 C C + C (8 + 4) 8 + 64 C + 3 C 128 + 5 C of a hidden size C of 64
+    assert facts["parameters"] == f"{64 * (128 + 96 + 64 + 3 * 128 + 5):,}"
+    status, out, _ = gorgon("heads", "verify", heads, "--model", tiny)
+    assert (status, out.startswith("ok: tiny@1")) == (0, True)
+    status, out, err = gorgon("heads", "export", heads, tmp_path / "out", "--format", "hydra")
+    assert (status, out) == (1, "")
+    assert "its heads are of the family eagle, for which there is no foreign layout yet" in one_line(err)
 
 
 def test_remote_heads_are_shown_verified_and_listed(gorgon: Gorgon, trained: Path) -> None:

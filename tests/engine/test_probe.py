@@ -12,6 +12,7 @@ from gorgon_engine.backbone.base import Backbone
 from gorgon_engine.backbone.select import BackboneOptions, Kernels, load_backbone
 from gorgon_engine.drafters.select import load_heads_for
 from gorgon_engine.heads.checkpoint import LoadedHeads, save_heads
+from gorgon_engine.heads.eagle import EagleHead, EagleShape
 from gorgon_engine.heads.families import DraftHeads, family_fields
 from gorgon_engine.heads.hydra import HydraHeads, HydraShape
 from gorgon_engine.heads.medusa import MedusaHeads
@@ -19,6 +20,7 @@ from gorgon_engine.models.identity import backbone_identity
 from gorgon_engine.probe import HeadProbe, probe
 from gorgon_protocol.errors import BadRequestError, ContextLengthError, GorgonError
 from gorgon_protocol.manifest import BackboneReference, HeadsManifest
+from support.eagle import make_head, predict
 from support.models import VOCAB, tiny_llama
 
 HIDDEN = 48
@@ -129,6 +131,32 @@ def test_hydra_heads_follow_their_own_likeliest_tokens(
     drafted = torch.tensor([one.top[0].token_id for one in probes[:3]])
     with torch.no_grad():
         rows = heads(hidden, reference.model.embed_tokens(drafted), reference.lm_head)  # as in training
+    for probed, row in zip(probes[1:], rows, strict=True):
+        check(probed, row if vocabulary is None else row[vocabulary], vocabulary)
+
+
+@pytest.mark.parametrize("length", [1, 6, 600])
+@pytest.mark.parametrize("vocabulary", [None, PART], ids=["all tokens", "part of them"])
+def test_an_eagle_head_goes_on_behind_the_whole_prompt(
+    folder: Path,
+    backbone: Backbone,
+    reference: LlamaForCausalLM,
+    tmp_path: Path,
+    vocabulary: Tensor | None,
+    length: int,
+) -> None:
+    head: EagleHead = make_head(EagleShape(HIDDEN, 4, 2, 4, 20, num_heads=3))
+    prompt = torch.randint(VOCAB, (length,), generator=torch.Generator().manual_seed(3)).tolist()
+    probes = probe(backbone, publish(folder, backbone, tmp_path, head, (2, 3, 4), vocabulary), prompt)
+    assert [(one.head, one.offset, one.source) for one in probes] == [
+        (1, 1, "lm_head"), (2, 2, "head"), (3, 3, "head"), (4, 4, "head"),
+    ]  # fmt: skip
+    with torch.no_grad():
+        hidden = reference.model(torch.tensor([prompt])).last_hidden_state[0]
+        check(probes[0], reference.lm_head(hidden[-1]))
+        drafted = [one.top[0].token_id for one in probes[:3]]
+        embeddings = reference.model.embed_tokens(torch.tensor([*prompt[1:], *drafted]))
+        rows = reference.lm_head(predict(head, hidden, embeddings))
     for probed, row in zip(probes[1:], rows, strict=True):
         check(probed, row if vocabulary is None else row[vocabulary], vocabulary)
 

@@ -38,6 +38,8 @@ def test_the_golden_manifest_reads_and_writes_the_same() -> None:
 
 
 HYDRA: dict[str, Any] = {"family": "hydra", "offsets": [2, 3, 4, 5]}
+LAYER = {"num_query_heads": 9, "num_kv_heads": 3, "head_dim": 64, "intermediate_size": 1536, "rope_theta": 1e5}
+EAGLE: dict[str, Any] = {"family": "eagle", "offsets": [2, 3, 4, 5], "num_blocks": 1, "layer": LAYER}
 
 
 @pytest.mark.parametrize(
@@ -57,9 +59,9 @@ def test_what_is_optional_may_be_left_out() -> None:
 
 
 def test_a_manifest_of_before_the_hydra_family_still_reads() -> None:
-    later = ("projection_bias", "normalised", "residual", "draft_vocab_size", "family")
+    later = ("projection_bias", "normalised", "residual", "draft_vocab_size", "family", "layer")
     manifest = parse(changed(**dict.fromkeys(later, ...)))
-    assert (manifest.family, manifest.residual) == ("medusa", "hidden")
+    assert (manifest.family, manifest.residual, manifest.layer) == ("medusa", "hidden", None)
     assert not manifest.projection_bias
     assert not manifest.normalised
 
@@ -79,6 +81,14 @@ def test_hydra_heads_have_settings_of_their_own(residual: str, normalised: bool)
     assert parse(manifest.to_json()) == manifest
 
 
+def test_an_eagle_head_is_one_layer() -> None:
+    manifest = parse(changed(**EAGLE))
+    assert manifest.tree_heads == (0, 1, 2, 3)
+    assert manifest.layer is not None
+    assert manifest.layer.model_dump() == LAYER
+    assert parse(manifest.to_json()) == manifest
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -93,7 +103,7 @@ def test_hydra_heads_have_settings_of_their_own(residual: str, normalised: bool)
         (changed(name="../escape"), "name: String should match"),
         (changed(version="1\n"), "version: String should match"),
         (changed(version=""), "version: String should match"),
-        (changed(family="eagle"), "family: Input should be 'medusa' or 'hydra'"),
+        (changed(family="falcon"), "family: Input should be 'medusa', 'hydra' or 'eagle'"),
         (changed(projection="tied"), "projection: Input should be"),
         (changed(dtype="int8"), "dtype: Input should be"),
         (changed(hidden_size="576"), "hidden_size: Input should be a valid integer"),
@@ -123,6 +133,16 @@ def test_hydra_heads_have_settings_of_their_own(residual: str, normalised: bool)
         (changed(**HYDRA, residual="none"), "residual: Input should be 'hidden' or 'matrix'"),
         (changed(family="hydra"), r"offsets of hydra heads must be 2 to 5, .*: got \[1, 2, 3, 4\]"),
         (changed(**HYDRA | {"offsets": [2, 3, 5, 6]}), r"offsets of hydra heads must be 2 to 5, .* \[2, 3, 5, 6\]"),
+        (changed(**EAGLE | {"offsets": [1, 2, 3, 4]}), "offsets of eagle heads must be 2 to 5"),
+        (changed(**EAGLE | {"layer": None}), "layer describes eagle heads, which must have it: these are eagle heads"),
+        (changed(**HYDRA, layer=LAYER), "layer describes eagle heads, which must have it: these are hydra heads"),
+        (changed(**EAGLE | {"num_blocks": 2}), r"eagle heads are one layer \(num_blocks 1\)"),
+        (changed(**EAGLE, projection="own"), "that shares the backbone's projection"),
+        (changed(**EAGLE, normalised=True), "normalised is a setting of hydra heads, not of eagle heads"),
+        (changed(**EAGLE | {"layer": LAYER | {"num_kv_heads": 2}}), "layer: 9 query heads are not a multiple of 2 KV"),
+        (changed(**EAGLE | {"layer": LAYER | {"head_dim": 3}}), "layer.head_dim: Input should be a multiple of 2"),
+        (changed(**EAGLE | {"layer": LAYER | {"rope_theta": 0}}), "layer.rope_theta: Input should be greater"),
+        (changed(**EAGLE | {"layer": LAYER | {"bias": True}}), "layer.bias: Extra inputs"),
         (changed(training={"data": "x", "figures": {"loss": "low"}}), "training.figures.loss"),
     ],
 )

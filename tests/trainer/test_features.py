@@ -111,6 +111,41 @@ def test_examples_are_the_positions_with_a_target(offsets: tuple[int, ...]) -> N
     assert made.num_positions == row > 0
 
 
+def test_packs_keep_what_is_around_the_examples() -> None:
+    offsets = (2, 3, 4)
+    batch = make_batch(offsets)
+    hidden = torch.randn(len(batch.tokens), 5, generator=torch.Generator().manual_seed(1))
+    made = examples(batch, hidden, offsets, teachers=False, pack_length=24)
+    packs = made.packs
+    assert packs is not None
+    assert torch.equal(packs.hidden.flatten(0, 1), hidden)
+    assert torch.equal(packs.hidden.flatten(0, 1)[packs.chosen], made.hidden)
+    assert packs.next_tokens.shape == (3, len(batch.tokens) // 24, 24)
+    last = len(batch.tokens)
+    for place in packs.chosen.tolist():
+        for step in range(1, 4):
+            assert packs.next_tokens[step - 1].flatten()[place] == batch.tokens[(place + step) % last]
+    mask, inside = packs.mask(), torch.zeros_like(packs.segments, dtype=torch.bool)
+    for start, length in zip(batch.starts.tolist(), batch.lengths.tolist(), strict=True):
+        pack, begin = divmod(start, 24)
+        here = slice(begin, begin + length)
+        inside[pack, here] = True
+        assert packs.positions[pack, here].tolist() == list(range(length))
+        assert torch.equal(mask[pack, here, here], torch.ones(length, length).tril().bool())
+        assert mask[pack, here].sum() == length * (length + 1) // 2, "nothing of another segment"
+    assert not inside.all()
+    assert mask.diagonal(dim1=1, dim2=2).all(), "padding sees itself: no row sees nothing"
+
+
+def test_packs_can_be_trained_on(small_backbone: Backbone) -> None:
+    batch = make_batch((2, 3))
+    packs = examples(batch, hidden_states(small_backbone, batch), (2, 3), teachers=False, pack_length=24).packs
+    weight = torch.ones(small_backbone.config.hidden_size, requires_grad=True)
+    assert packs is not None
+    (packs.hidden * weight).square().sum().backward()
+    assert weight.grad is not None
+
+
 def test_teachers_are_left_out_unless_asked_for() -> None:
     batch = make_batch()
     assert examples(batch, torch.zeros(len(batch.tokens), 2), (1, 2, 4), teachers=False).teachers is None

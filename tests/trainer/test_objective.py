@@ -12,7 +12,7 @@ from gorgon_engine.heads.hydra import HydraHeads, HydraShape
 from gorgon_engine.heads.medusa import MedusaHeads
 from gorgon_trainer.dataset import IGNORE
 from gorgon_trainer.features import Examples
-from gorgon_trainer.objective import FrozenBackbone, Loss, Objective, head_logits
+from gorgon_trainer.objective import FrozenBackbone, Loss, Objective, ObjectiveConfig, head_logits
 from support.training import VOCAB, frozen_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -104,7 +104,7 @@ def test_the_loss_is_the_formula(
     draftable = torch.arange(VOCAB) if draft_vocabulary is None else draft_vocabulary
     expected = plain_loss(logits, frozen, batch, loss, draftable)
 
-    summed, own = Objective(heads, frozen, loss=loss, decay=0.8)(batch)
+    summed, own = Objective(heads, frozen, ObjectiveConfig(loss=loss, decay=0.8))(batch)
     torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(summed, sum(0.8**head * expected[head] for head in range(HEADS)), rtol=1e-4, atol=1e-5)
     assert not own.requires_grad
@@ -166,7 +166,7 @@ def test_gradients_reach_every_weight_and_only_the_heads(small_backbone: Backbon
     size = small_backbone.config.hidden_size
     heads, batch = make_heads(kind, size, VOCAB), make_batch(size)
     before = frozen.lm_head.clone()
-    objective = Objective(heads, frozen, loss=loss, decay=1.0)
+    objective = Objective(heads, frozen, ObjectiveConfig(loss=loss, decay=1.0))
     objective(batch)[0].backward()
     assert {name for name, _ in objective.named_parameters()} == {
         f"heads.{name}" for name, _ in heads.named_parameters()
@@ -188,7 +188,7 @@ def test_a_head_without_a_target_costs_nothing(small_backbone: Backbone, loss: L
     size = small_backbone.config.hidden_size
     heads, batch = make_heads("medusa", size, len(DRAFTABLE)), make_batch(size)
     batch.targets[1] = 0  # a token that cannot be drafted
-    summed, own = Objective(heads, frozen, loss=loss, decay=1.0)(batch)
+    summed, own = Objective(heads, frozen, ObjectiveConfig(loss=loss, decay=1.0))(batch)
     summed.backward()
     assert isinstance(heads, MedusaHeads)
     assert own[1] == 0

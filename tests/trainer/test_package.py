@@ -26,6 +26,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "hydra": {"draft_vocab_size": 40, "num_heads": 3},
     "hydra, own projection": {"own_projection": True},
     "medusa": {"family": "medusa", "num_heads": 3},
+    "eagle": {"family": "eagle", "num_heads": 3, "num_blocks": 1, "unroll": 2, "draft_vocab_size": 40},
     "medusa, own projection": {"family": "medusa", "own_projection": True, "draft_vocab_size": 40},
 }
 
@@ -56,6 +57,7 @@ def test_the_manifest_of_a_run(cycles: ShardSet, config: TrainConfig, result: Tr
     assert manifest.projection == ("own" if config.own_projection else "shared")
     assert manifest.draft_vocab_size == config.draft_vocab_size
     assert manifest.normalised is (config.family == "hydra")
+    assert (manifest.layer is not None) is (config.family == "eagle")
     assert (manifest.vocab_size, manifest.hidden_size) == (cycles.index.vocab_size, result.heads.hidden_size)
     assert (manifest.quantization, manifest.dtype) == ("none", "bfloat16")
 
@@ -83,6 +85,8 @@ def test_the_manifest_of_a_run(cycles: ShardSet, config: TrainConfig, result: Tr
     assert "peak_gpu_memory_gib" not in figures, "it ran on a CPU"
     assert settings["learning_rate"] == config.learning_rate
     assert settings["loss"] == "cross-entropy"
+    assert settings["dropout"] == 0.0
+    assert ("unroll" in settings) is ("feature_loss_weight" in settings) is (config.family == "eagle")
     assert ("draft_vocab_size" in settings) is (config.draft_vocab_size is not None)
     assert json.loads(manifest.to_json())["training"]["settings"] == settings
     assert HeadsManifest.from_json(manifest.to_json(), source="here") == manifest

@@ -5,12 +5,13 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 
 from gorgon_engine.backbone.base import Backbone
+from gorgon_engine.heads.eagle import EagleHead
 from gorgon_engine.heads.hydra import HydraHeads
 from gorgon_engine.heads.medusa import MedusaHeads
 from gorgon_trainer.dataset import PackedDataset, collate
@@ -22,6 +23,7 @@ from gorgon_trainer.training import HISTORY_FILE, STATE_FILE, read_history
 from support.training import (
     CONFIG,
     CYCLE,
+    MortalBackbone,
     assert_same_weights,
     environment,
     frozen_of,
@@ -34,12 +36,18 @@ from support.training import (
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-LEARNING = {
+EAGLE: dict[str, Any] = {"family": "eagle", "num_blocks": 1}
+LEARNING: dict[str, dict[str, Any]] = {
     "medusa": {"family": "medusa", "num_heads": 3},
     "medusa, own projection": {"family": "medusa", "num_heads": 3, "own_projection": True, "num_blocks": 1},
     "hydra": {"family": "hydra", "decay": 0.8},
     "hydra, own projection": {"family": "hydra", "own_projection": True},
     "hydra, drafting vocabulary": {"family": "hydra", "draft_vocab_size": len(CYCLE)},
+    "hydra, dropout": {"family": "hydra", "dropout": 0.1},
+    # Without the features, as this random backbone's own do not say what follows.
+    "eagle": EAGLE | {"unroll": 2, "feature_loss_weight": 0.0},
+    "eagle, drafting vocabulary": EAGLE
+    | {"unroll": 2, "feature_loss_weight": 0.0, "draft_vocab_size": len(CYCLE), "dropout": 0.05},
 }
 
 
@@ -66,7 +74,7 @@ def test_heads_learn_what_can_be_learned(
     assert result.peak_memory_bytes is None
     assert result.positions_per_second > 0
     assert result.seconds > 0
-    assert isinstance(result.heads, MedusaHeads if config.family == "medusa" else HydraHeads)
+    assert isinstance(result.heads, {"medusa": MedusaHeads, "hydra": HydraHeads, "eagle": EagleHead}[config.family])
     assert result.heads.num_heads == config.num_heads
     assert result.heads.shares_projection is not config.own_projection
     assert not result.heads.training
@@ -75,11 +83,11 @@ def test_heads_learn_what_can_be_learned(
     assert (vocabulary if vocabulary is None else vocabulary.tolist()) == expected
 
 
-@pytest.mark.parametrize("family", ["medusa", "hydra"])
+@pytest.mark.parametrize("changes", [{"family": "medusa"}, {"family": "hydra"}, EAGLE, EAGLE | {"unroll": 2}])
 def test_heads_learn_the_backbones_own_distribution(
-    cycles: ShardSet, small_backbone: Backbone, tmp_path: Path, family: str
+    cycles: ShardSet, small_backbone: Backbone, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
-    run_training(cycles, tmp_path, small_backbone, family=family, loss=Loss.KL, max_steps=30, eval_every=5)
+    run_training(cycles, tmp_path, small_backbone, **changes, loss=Loss.KL, max_steps=30, eval_every=5)
     losses = [record["loss"] for record in read_history(tmp_path)]
     assert losses[-1] < 0.8 * losses[0]
 
@@ -148,6 +156,41 @@ def test_a_run_killed_in_the_middle_ends_with_the_same_bits(
     assert sorted(path.name for path in folder.iterdir()) == [HISTORY_FILE, STATE_FILE, "tensorboard"]
 
 
+class Interruption(Exception):
+    pass
+
+
+class FailingBackbone(MortalBackbone):
+    """One that raises instead of ending its process."""
+
+    def forward(self, *args: Any, **options: Any) -> Any:
+        if self._when():
+            raise Interruption
+        return self._backbone.forward(*args, **options)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"dropout": 0.2}, EAGLE | {"dropout": 0.2, "unroll": 2}, EAGLE], ids=["hydra", "eagle", "no dropout"]
+)
+def test_what_is_dropped_is_dropped_again(
+    cycles: ShardSet, small_backbone: Backbone, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    """A run that was interrupted between two states ends with the bits of one that was not."""
+    whole = run_training(cycles, tmp_path / "whole", small_backbone, **changes)
+    folder = tmp_path / "run"
+    failing = FailingBackbone(small_backbone, lambda: any(record["step"] == 6 for record in read_history(folder)))
+    with pytest.raises(Interruption):
+        run_training(cycles, folder, cast(Backbone, failing), **changes)
+    assert state_of(folder)["progress"]["step"] == 4
+    torch.manual_seed(123)  # another process's random state
+    result = run_training(cycles, folder, small_backbone, **changes)
+    assert_same_weights(weights(result), weights(whole))
+    assert result.held_out == whole.held_out
+    if "dropout" in changes:
+        plain = run_training(cycles, tmp_path / "plain", small_backbone, **(changes | {"dropout": 0.0}))
+        assert any(not torch.equal(tensor, weights(plain)[name]) for name, tensor in weights(whole).items())
+
+
 def test_a_finished_run_does_nothing_more(cycles: ShardSet, small_backbone: Backbone, finished: Path) -> None:
     before = (finished / STATE_FILE).stat().st_mtime_ns, read_history(finished)
     one, other = run_training(cycles, finished, small_backbone), run_training(cycles, finished, small_backbone)
@@ -212,8 +255,9 @@ def test_it_stops_early_where_nothing_gets_better(cycles: ShardSet, small_backbo
     assert_same_weights(weights(result), weights(again))
 
 
+@pytest.mark.parametrize("changes", [{}, EAGLE | {"unroll": 2}], ids=["hydra", "eagle"])
 def test_two_processes_train_together(
-    cycles: ShardSet, small_model: Path, small_backbone: Backbone, tmp_path: Path
+    cycles: ShardSet, small_model: Path, small_backbone: Backbone, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     """Half of every batch on each, out of features that they have cached together."""
     script = tmp_path / "two.py"
@@ -231,9 +275,9 @@ def test_two_processes_train_together(
         "accelerator = Accelerator(cpu=True)\n"
         "assert accelerator.num_processes == 2\n"
         f"backbone = load_fp32(Path({str(small_model)!r}))\n"
+        f"config = replace(CONFIG, cache_features=True, **{changes!r})\n"
         f"result = train(ShardSet.open(Path({str(cycles.folder)!r})), Path({str(tmp_path / 'run')!r}),\n"
-        "               backbone=backbone, config=replace(CONFIG, cache_features=True), accelerator=accelerator,\n"
-        "               progress=False)\n"
+        "               backbone=backbone, config=config, accelerator=accelerator, progress=False)\n"
         f"here = Path({str(tmp_path)!r}) / f'rank-{{accelerator.process_index}}.pt'\n"
         "torch.save({'weights': dict(result.heads.state_dict()), 'positions': result.num_positions,\n"
         "            'accuracies': result.held_out.accuracies}, here)\n"
@@ -251,7 +295,7 @@ def test_two_processes_train_together(
     assert len(list((tmp_path / "run" / "features").iterdir())) == 5
 
     # Every cycle sequence has as many targets as every other: then the mean of means is the mean.
-    one = run_training(cycles, tmp_path / "one", small_backbone, packs_per_batch=4)
+    one = run_training(cycles, tmp_path / "one", small_backbone, packs_per_batch=4, **changes)
     assert one.num_positions == first["positions"]
     for name, tensor in weights(one).items():
         torch.testing.assert_close(first["weights"][name], tensor, rtol=1e-3, atol=1e-4)

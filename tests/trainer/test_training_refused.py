@@ -23,6 +23,8 @@ from support.training import (
     run_training,
 )
 
+EAGLE: dict[str, Any] = {"family": "eagle", "num_blocks": 1}
+
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -41,6 +43,8 @@ def refusal(error: type[Exception], shards: ShardSet, folder: Path, backbone: Ba
         ({"family": "medusa"}, "family hydra and cannot go on with medusa"),
         ({"loss": Loss.KL}, "loss cross-entropy and cannot go on with kl"),
         ({"max_steps": None}, "max_steps 12 and cannot go on with None"),
+        ({"dropout": 0.1}, "dropout 0.0 and cannot go on with 0.1"),
+        (EAGLE, "family hydra and cannot go on with eagle"),
         ({"seed": 9}, "seed 0 and cannot go on with 9"),
         ({"draft_vocab_size": 9}, "draft_vocab_size None and cannot go on with 9"),
     ],
@@ -151,6 +155,15 @@ def test_a_run_needs_a_folder(cycles: ShardSet, small_backbone: Backbone, tmp_pa
         ({"learning_rate": float("nan")}, "learning_rate must be above 0 and finite: got nan"),
         ({"num_epochs": float("inf")}, "num_epochs must be above 0 and finite: got inf"),
         ({"decay": -0.5}, "decay must be above 0 and finite: got -0.5"),
+        ({"dropout": 1.0}, "dropout must be a share from 0 up to, not including, 1: got 1.0"),
+        ({"dropout": -0.1}, "dropout must be a share from 0"),
+        ({"dropout": float("nan")}, "dropout must be a share from 0"),
+        ({"family": "eagle"}, "an eagle head is one layer: num_blocks must be 1: got 2"),
+        (EAGLE | {"own_projection": True}, "an eagle head predicts what the backbone's projection reads"),
+        (EAGLE | {"unroll": 3}, "unroll must be between 1 and num_heads 2: got 3"),
+        (EAGLE | {"unroll": 0}, "unroll must be between 1 and num_heads 2: got 0"),
+        (EAGLE | {"feature_loss_weight": -1.0}, "feature_loss_weight must not be below 0, and finite: got -1.0"),
+        (EAGLE | {"feature_loss_weight": float("nan")}, "feature_loss_weight must not be below 0, and finite: got nan"),
         ({"patience": -1}, "patience must not be below 0: got -1"),
         ({"seed": -1}, "seed must not be below 0: got -1"),
     ],

@@ -48,6 +48,22 @@ class TrainingRecord(_Frozen):
     figures: dict[str, float] = Field(default_factory=dict, description="losses, seconds, tokens per step, ...")
 
 
+class DecoderLayer(_Frozen):
+    """The shape of the decoder layer that the eagle family drafts with: grouped-query attention and a SwiGLU MLP."""
+
+    num_query_heads: int = Field(ge=1)
+    num_kv_heads: int = Field(ge=1)
+    head_dim: int = Field(ge=2, multiple_of=2, description="even: rotary embeddings turn pairs of dimensions")
+    intermediate_size: int = Field(ge=1)
+    rope_theta: float = Field(gt=0.0, description="of plain rotary embeddings, whatever scaling the backbone has")
+
+    @model_validator(mode="after")
+    def _check_heads(self) -> Self:
+        if self.num_query_heads % self.num_kv_heads:
+            raise ValueError(f"{self.num_query_heads} query heads are not a multiple of {self.num_kv_heads} KV heads")
+        return self
+
+
 class HeadsManifest(_Frozen):
     """One published version of a set of draft heads.
 
@@ -56,21 +72,22 @@ class HeadsManifest(_Frozen):
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
-    family: Literal["medusa", "hydra"] = "medusa"
+    family: Literal["medusa", "hydra", "eagle"] = "medusa"
     name: Name
     version: Name
     backbone: BackboneReference
     hidden_size: int = Field(ge=1)
     vocab_size: int = Field(ge=1)
-    num_heads: int = Field(ge=1, le=64)
+    num_heads: int = Field(ge=1, le=64, description="eagle: times that its one layer runs, a depth each")
     offsets: tuple[Annotated[int, Field(ge=1)], ...]
-    num_blocks: int = Field(ge=1, le=64, description="residual blocks a head")
+    num_blocks: int = Field(ge=1, le=64, description="residual blocks a head; eagle: decoder layers, 1")
     projection: Literal["own", "shared"] = Field(description="to the vocabulary: a weight a head, or the backbone's")
     projection_bias: bool = Field(default=False, description="hydra: own projections have a bias")
     normalised: bool = Field(default=False, description="hydra: RMSNorm of every input and before the projection")
     residual: Literal["hidden", "matrix"] = Field(
         default="hidden", description="hydra: what a head adds to: the hidden state, or a matrix of all its inputs"
     )
+    layer: DecoderLayer | None = Field(default=None, description="eagle: its decoder layer")
     draft_vocab_size: int | None = Field(
         default=None, ge=1, description="tokens that can be drafted, listed in the tensor draft_vocabulary; None = all"
     )
@@ -128,15 +145,19 @@ class HeadsManifest(_Frozen):
     def _check_family(self) -> Self:
         if self.draft_vocab_size is not None and self.draft_vocab_size > self.vocab_size:
             raise ValueError(f"draft_vocab_size {self.draft_vocab_size} is larger than vocab_size {self.vocab_size}")
-        if self.family == "hydra" and self.offsets != tuple(range(2, self.num_heads + 2)):
+        if self.family != "medusa" and self.offsets != tuple(range(2, self.num_heads + 2)):
             raise ValueError(
-                f"offsets of hydra heads must be 2 to {self.num_heads + 1}, each head behind the one before: "
+                f"offsets of {self.family} heads must be 2 to {self.num_heads + 1}, each head behind the one before: "
                 f"got {list(self.offsets)}"
             )
-        if self.family == "medusa":
+        if self.family != "hydra":
             for name in ("projection_bias", "normalised", "residual"):
                 if getattr(self, name) != type(self).model_fields[name].default:
-                    raise ValueError(f"{name} is a setting of hydra heads, not of medusa heads")
+                    raise ValueError(f"{name} is a setting of hydra heads, not of {self.family} heads")
+        if (self.layer is not None) != (self.family == "eagle"):
+            raise ValueError(f"layer describes eagle heads, which must have it: these are {self.family} heads")
+        if self.family == "eagle" and (self.num_blocks, self.projection) != (1, "shared"):
+            raise ValueError("eagle heads are one layer (num_blocks 1) that shares the backbone's projection")
         if self.projection_bias and self.projection == "shared":
             raise ValueError("projection_bias needs projections of the heads' own: the backbone's has none")
         return self

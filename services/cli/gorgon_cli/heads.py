@@ -210,12 +210,19 @@ def _facts(manifest: "HeadsManifest") -> Iterator[tuple[str, str]]:
     yield "backbone", f"{manifest.backbone.name} ({manifest.backbone.identity[:12]}), in {manifest.quantization}"
     yield "family", manifest.family
     yield "offsets", " ".join(map(str, manifest.offsets))
-    blocks = f"{manifest.num_blocks} block{'s' if manifest.num_blocks > 1 else ''}"
-    yield "shape", f"{manifest.num_heads} heads of {blocks}, hidden size {manifest.hidden_size}, {manifest.dtype}"
+    if manifest.layer is not None:
+        parts = f"one decoder layer for {manifest.num_heads} depths"
+    else:
+        parts = f"{manifest.num_heads} heads of {manifest.num_blocks} block{'s' if manifest.num_blocks > 1 else ''}"
+    yield "shape", f"{parts}, hidden size {manifest.hidden_size}, {manifest.dtype}"
     projection = f"{manifest.projection}, {manifest.num_draft_tokens} of {manifest.vocab_size} tokens"
     yield "projection", projection + (", with bias" if manifest.projection_bias else "")
     if manifest.family == "hydra":
         yield "inputs", f"{'normalised' if manifest.normalised else 'as they are'}, residual {manifest.residual}"
+    if manifest.layer is not None:
+        layer = manifest.layer
+        yield "attention", f"{layer.num_query_heads} query heads on {layer.num_kv_heads} KV heads of {layer.head_dim}"
+        yield "MLP", f"SwiGLU of {layer.intermediate_size}"
     yield "parameters", f"{_num_parameters(manifest):,}"
     for index, (name, record) in enumerate(manifest.files.items()):
         yield "files" if index == 0 else "", f"{name} ({_size(record.size)})"

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 PRESETS = ("smoke", "smollm2", "llama3-8b")
-FAMILIES = ("medusa", "hydra")
+FAMILIES = ("medusa", "hydra", "eagle")
 LOSSES = ("cross-entropy", "kl")
 _FOLDER = click.Path(path_type=Path, file_okay=False)
 
@@ -154,13 +154,20 @@ def distill(
 @click.option("--name", default="heads", show_default=True, help="Of the checkpoint.")
 @click.option("--version", "version_name", default="1", show_default=True, help="Of the checkpoint.")
 @click.option("--family", type=click.Choice(FAMILIES), default="hydra", show_default=True)
-@click.option("--num-heads", type=click.IntRange(min=1), default=4, show_default=True)
-@click.option("--num-blocks", type=click.IntRange(min=1), default=4, show_default=True, help="Residual blocks a head.")
+@click.option("--num-heads", type=click.IntRange(min=1), default=4, show_default=True,
+              help="Of the eagle family: depths that its one layer drafts.")  # fmt: skip
+@click.option("--num-blocks", type=click.IntRange(min=1), metavar="N",
+              help="Residual blocks a head. Default: 4; an eagle head is one layer.")  # fmt: skip
 @click.option("--own-projection", is_flag=True, help="A projection a head, instead of the backbone's lm_head.")
 @click.option("--draft-vocab-size", type=click.IntRange(min=1), metavar="N",
               help="Draft the N most frequent tokens only. Default: all.")  # fmt: skip
-@click.option("--loss", type=click.Choice(LOSSES), default="cross-entropy", show_default=True)
+@click.option("--loss", type=click.Choice(LOSSES), help="Default: cross-entropy; kl for the eagle family.")
 @click.option("--decay", type=float, default=1.0, show_default=True, help="Head k weighs decay^k.")
+@click.option("--unroll", type=click.IntRange(min=1), default=1, show_default=True, metavar="N",
+              help="Eagle: train N depths, each on the feature that the one before predicted.")  # fmt: skip
+@click.option("--feature-loss-weight", type=float, default=10.0, show_default=True,
+              help="Eagle: of the distance to the backbone's features, beside 1 for the tokens.")  # fmt: skip
+@click.option("--dropout", type=float, default=0.0, show_default=True, help="Share of what a head reads.")
 @click.option("--learning-rate", type=float, default=3e-3, show_default=True)
 @click.option("--warmup-steps", type=click.IntRange(min=0), default=50, show_default=True)
 @click.option("--weight-decay", type=float, default=0.01, show_default=True)
@@ -182,7 +189,9 @@ def heads(
     out: Path,
     name: str,
     version_name: str,
-    loss: str,
+    family: Literal["medusa", "hydra", "eagle"],
+    num_blocks: int | None,
+    loss: str | None,
     max_file_bytes: int | None,
     model: str,
     quantization: str | None,
@@ -202,8 +211,16 @@ def heads(
     from gorgon_trainer.pipeline import train_with
     from gorgon_trainer.training import TrainConfig
 
-    config = TrainConfig(loss=Loss(loss), **settings)
-    assert set(settings) | {"loss", "min_learning_rate_share"} == {field.name for field in fields(TrainConfig)}
+    eagle = family == "eagle"
+    config = TrainConfig(
+        family=family,
+        num_blocks=num_blocks or (1 if eagle else 4),
+        loss=Loss(loss or ("kl" if eagle else "cross-entropy")),
+        **settings,
+    )
+    assert set(settings) | {"family", "num_blocks", "loss", "min_learning_rate_share"} == {
+        field.name for field in fields(TrainConfig)
+    }
     outcome = train_with(
         shard_folder,
         out,

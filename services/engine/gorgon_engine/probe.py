@@ -13,6 +13,7 @@ from torch import Tensor
 from gorgon_engine.backbone.base import Backbone, ForwardInputs, ForwardOutput, LogitsFor
 from gorgon_engine.drafters.choices import top_log_probs
 from gorgon_engine.heads.checkpoint import LoadedHeads
+from gorgon_engine.heads.eagle import EagleHead, Prefix
 from gorgon_engine.heads.families import dtype_of
 from gorgon_engine.heads.hydra import HydraHeads
 from gorgon_engine.heads.medusa import MedusaHeads
@@ -42,16 +43,20 @@ class HeadProbe:
 def probe(backbone: Backbone, loaded: LoadedHeads, token_ids: Sequence[int], top: int = 3) -> list[HeadProbe]:
     """Run a prompt through the backbone and ask its heads, as `load_heads_for` gives them, what comes next.
 
-    Offset 1 is answered by a head where the checkpoint has one for it, else by the backbone's own lm_head. A hydra head
-    is given the likeliest tokens of the lm_head and of the heads before it, as if they had been drafted.
+    Offset 1 is answered by a head where the checkpoint has one for it, else by the backbone's own lm_head. Hydra and
+    eagle heads are given the likeliest tokens of the lm_head and of the heads before, as if they had been drafted.
 
     Raises `BadRequestError` for a prompt that is empty, too long or not of this vocabulary, and for `top` below 1.
     """
     _check(backbone, token_ids, top)
     output = _prefill(backbone, token_ids)
     lm_head = _guesses(output.logits[0, -1], top)
-    hidden = output.hidden[0, -1].to(dtype_of(loaded.heads))  # [C]
-    if isinstance(loaded.heads, HydraHeads):
+    features = output.hidden[0].to(dtype_of(loaded.heads))  # [N, C]
+    hidden = features[-1]  # [C]
+    if isinstance(loaded.heads, EagleHead):
+        known = [*token_ids[1:], lm_head[0].token_id]
+        answers = _eagle(loaded.heads, backbone, features, known, loaded.draft_vocabulary, top)
+    elif isinstance(loaded.heads, HydraHeads):
         answers = _hydra(loaded.heads, backbone, hidden, lm_head[0].token_id, loaded.draft_vocabulary, top)
     else:
         answers = _medusa(loaded.heads, backbone, hidden, loaded.draft_vocabulary, top)
@@ -78,7 +83,7 @@ def _check(backbone: Backbone, token_ids: Sequence[int], top: int) -> None:
 
 
 def _prefill(backbone: Backbone, token_ids: Sequence[int]) -> ForwardOutput:
-    """The last chunk of the prompt: hidden [1, n, C], logits [1, 1, V] of its last token."""
+    """Of the whole prompt: hidden [1, N, C], logits [1, 1, V] of its last token."""
     config = backbone.config
     cache = KVCache(
         num_layers=config.num_layers,
@@ -92,13 +97,14 @@ def _prefill(backbone: Backbone, token_ids: Sequence[int]) -> ForwardOutput:
     )
     slot = cache.acquire()
     tokens = torch.tensor(list(token_ids), dtype=torch.int64, device=backbone.device)
-    start = 0
+    start, hidden = 0, []
     for chunk in tokens.split(_CHUNK_SIZE):
         inputs = ForwardInputs.chain(chunk, slot=slot, length=start, prompt_length=len(token_ids))
         output = backbone.forward(inputs, cache, logits_for=LogitsFor.LAST)
         cache.append(slot, chunk.shape[0])
         start += chunk.shape[0]
-    return output
+        hidden.append(output.hidden)
+    return ForwardOutput(hidden=torch.cat(hidden, dim=1), logits=output.logits)
 
 
 def _medusa(
@@ -123,6 +129,27 @@ def _hydra(
         answers.append(_guesses(logits, top, vocabulary))
         drafted = answers[-1][0].token_id
     return answers
+
+
+def _eagle(
+    head: EagleHead, backbone: Backbone, features: Tensor, known: list[int], vocabulary: Tensor | None, top: int
+) -> list[tuple[Guess, ...]]:
+    """The layer behind the prompt's features [N, C] and the tokens `known` behind them, down its own greedy chain."""
+    device, last = features.device, len(known) - 1
+    following = backbone.embed(torch.tensor(known, device=device)).to(features.dtype)  # [N, C]
+    angles = head.angles(torch.arange(len(known) + head.num_heads, device=device)[None])
+    rows = head.rows(features[None, :, None], following[None, :, None], angles.up_to(len(known)))
+    keys, values = (part[:, :, 0].transpose(1, 2) for part in (rows.keys, rows.values))
+    prefix = Prefix(keys, values, torch.ones((1, 1, len(known)), dtype=torch.bool, device=device))
+    answers: list[tuple[Guess, ...]] = []
+    paths = head.begin(rows.at(last), prefix)
+    while True:
+        answers.append(_guesses(_project(backbone, paths.features.flatten(), vocabulary), top, vocabulary))
+        if len(answers) == head.num_heads:
+            return answers
+        drafted = torch.tensor([[[answers[-1][0].token_id]]], device=device)
+        embedding = backbone.embed(drafted).to(features.dtype)  # [1, 1, 1, C]
+        paths = head.extend(prefix, paths, embedding, angles.at(last + len(answers)))
 
 
 def _project(backbone: Backbone, features: Tensor, vocabulary: Tensor | None) -> Tensor:

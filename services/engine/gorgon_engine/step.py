@@ -242,7 +242,7 @@ class SpeculativeStep:
             slots=torch.tensor([slot], device=device),
             starts=torch.tensor([start], device=device),
             hidden=output.hidden,
-            next_tokens=self._history[slot, start + 1 : start + count + 1][None],
+            next_tokens=self._history[slot, start + 1 : start + count + 1].clone()[None],
             counts=torch.tensor([count], device=device),
         )
         for drafter in self._stateful:

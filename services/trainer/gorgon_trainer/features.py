@@ -1,7 +1,7 @@
 """What heads are trained on: the frozen backbone's hidden states of whole sequences, by the very code that serves.
 
 Letters: P positions of a batch of packs, S segments (sequences) in it, N positions of the longest, n chosen positions,
-K heads, K' tokens between a position and its farthest target, C hidden size.
+K heads, K' tokens between a position and its farthest target, B packs of L positions, C hidden size.
 """
 
 from dataclasses import dataclass
@@ -16,6 +16,45 @@ from gorgon_trainer.dataset import IGNORE, PackBatch
 _GROUP_ROWS = 65536  # rows of one forward pass, padding included: a GPU's time, not the host's, should count
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Packs:
+    """Every position of a batch, for heads that attend to what is before an example in its segment."""
+
+    hidden: Tensor  # [B, L, C]
+    next_tokens: Tensor  # [K', B, L] int64: the tokens 1, 2, ..., K' positions later, anything where there are none
+    positions: Tensor  # [B, L] int64, in their segments
+    segments: Tensor  # [B, L] int64: a number of its own for each; padding is one too
+    chosen: Tensor  # [n] int64: the places of the examples among all B L positions
+
+    def mask(self) -> Tensor:
+        """[B, L, L] bool: which positions each may see: itself and those before it in its segment."""
+        length = self.segments.shape[1]
+        causal = torch.ones((length, length), dtype=torch.bool, device=self.segments.device).tril()
+        return (self.segments[:, :, None] == self.segments[:, None]) & causal
+
+    @classmethod
+    def of(cls, batch: PackBatch, hidden: Tensor, chosen: Tensor, *, pack_length: int, num_steps: int) -> "Packs":
+        """batch, chosen: on the CPU; hidden: [P, C] on any device, where the result will be."""
+        device = hidden.device
+        owners = torch.arange(len(batch.starts)).repeat_interleave(batch.lengths)
+        offsets = torch.arange(len(owners)) - (batch.lengths.cumsum(0) - batch.lengths)[owners]
+        places = batch.starts[owners] + offsets
+
+        def laid_out(values: Tensor, padding: int) -> Tensor:
+            whole = torch.full_like(batch.tokens, padding).index_put((places,), values)
+            return whole.view(-1, pack_length).to(device)
+
+        following = torch.stack([batch.tokens.roll(-step) for step in range(1, num_steps + 1)])
+        return cls(
+            # A copy: features come out of inference mode, whose tensors autograd refuses to keep.
+            hidden=hidden.clone().unflatten(0, (-1, pack_length)),
+            next_tokens=following.unflatten(1, (-1, pack_length)).to(device),
+            positions=laid_out(offsets, 0),
+            segments=laid_out(owners, -1),
+            chosen=chosen.to(device),
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class Examples:
     """The positions of a batch at which some head has a target."""
@@ -26,6 +65,7 @@ class Examples:
     next_tokens: Tensor
     targets: Tensor  # [K, n] int64, IGNORE where a head has none
     teachers: Tensor | None  # [K, n, C]: the hidden state that gave each target's distribution; any row where none
+    packs: Packs | None = None  # where the examples are from
 
     @property
     def num_positions(self) -> int:
@@ -87,10 +127,13 @@ def _groups(starts: Tensor, lengths: Tensor) -> list[tuple[Tensor, Tensor]]:
     return groups
 
 
-def examples(batch: PackBatch, hidden: Tensor, offsets: tuple[int, ...], *, teachers: bool) -> Examples:
+def examples(
+    batch: PackBatch, hidden: Tensor, offsets: tuple[int, ...], *, teachers: bool, pack_length: int | None = None
+) -> Examples:
     """The training examples of a batch. batch: on the CPU; hidden: [P, C] on any device, where the examples will be.
 
     teachers: also the hidden states whose distributions the heads should match: that of the position before a target.
+    pack_length: also the whole packs, which are that long.
     """
     device = hidden.device
     chosen = (batch.targets != IGNORE).any(dim=0).nonzero().flatten()  # [n]
@@ -98,9 +141,13 @@ def examples(batch: PackBatch, hidden: Tensor, offsets: tuple[int, ...], *, teac
     steps = torch.arange(1, max(offsets))
     following = (chosen + steps[:, None]).clamp(max=last)
     before_target = (chosen + torch.tensor(offsets)[:, None] - 1).clamp(max=last)
+    packs = None
+    if pack_length is not None:
+        packs = Packs.of(batch, hidden, chosen, pack_length=pack_length, num_steps=len(steps))
     return Examples(
         hidden=hidden[chosen.to(device)],
         next_tokens=batch.tokens[following].to(device),
         targets=batch.targets[:, chosen].to(device),
         teachers=hidden[before_target.to(device)] if teachers else None,
+        packs=packs,
     )

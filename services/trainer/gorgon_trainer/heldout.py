@@ -35,7 +35,11 @@ class HeldOut:
 
 @torch.no_grad()
 def held_out(heads: DraftHeads, backbone: FrozenBackbone, batches: Iterable[Examples]) -> HeldOut:
-    """Measure heads over the examples of held-out batches. A target that cannot be drafted counts as missed."""
+    """Measure heads over the examples of held-out batches. A target that cannot be drafted counts as missed.
+
+    The heads are in evaluation mode afterwards.
+    """
+    heads.eval()
     right = counts = losses = drafted = None
     for batch in batches:
         rows_right, rows_count, rows_loss, rows_drafted = [], [], [], []

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
@@ -22,16 +23,18 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from gorgon_engine.backbone.base import Backbone
+from gorgon_engine.heads.eagle import EagleHead, EagleShape
 from gorgon_engine.heads.families import DraftHeads
 from gorgon_engine.heads.hydra import HydraHeads, HydraShape
 from gorgon_engine.heads.medusa import MedusaHeads
+from gorgon_engine.models.config import BackboneConfig
 from gorgon_protocol.errors import DataError, TrainingError
 from gorgon_trainer.dataset import PackBatch, PackedDataset, collate
 from gorgon_trainer.feature_cache import CachedFeatures, ComputedFeatures, FeatureSource
-from gorgon_trainer.features import examples
+from gorgon_trainer.features import Examples, examples
 from gorgon_trainer.files import written_whole
 from gorgon_trainer.heldout import HeldOut, held_out
-from gorgon_trainer.objective import FrozenBackbone, Loss, Objective
+from gorgon_trainer.objective import FrozenBackbone, Loss, Objective, ObjectiveConfig
 from gorgon_trainer.sampler import ResumableSampler
 from gorgon_trainer.shards import ShardSet, Split
 from gorgon_trainer.vocabulary import draft_vocabulary, lm_head_weight
@@ -39,19 +42,23 @@ from gorgon_trainer.vocabulary import draft_vocabulary, lm_head_weight
 STATE_FILE = "state.pt"
 HISTORY_FILE = "history.jsonl"
 _HELD_OUT_PACKS = 64
+_EAGLE_SETTINGS = ("unroll", "feature_loss_weight")
 
 
 @dataclass(frozen=True, slots=True)
 class TrainConfig:
     """What to train and how. Everything but the device and the number of processes: a run is resumed with the same."""
 
-    family: Literal["medusa", "hydra"] = "hydra"
-    num_heads: int = 4
-    num_blocks: int = 4
+    family: Literal["medusa", "hydra", "eagle"] = "hydra"
+    num_heads: int = 4  # eagle: depths that its one layer drafts
+    num_blocks: int = 4  # eagle: 1
     own_projection: bool = False
     draft_vocab_size: int | None = None  # the most frequent tokens of the training answers; None = all
     loss: Loss = Loss.CROSS_ENTROPY
     decay: float = 1.0  # weight of head k is decay^k; 1 = the plain sum
+    unroll: int = 1  # eagle: depths that are trained, each on the feature that the one before predicted
+    feature_loss_weight: float = 10.0  # eagle: of the distance to the backbone's features, beside 1 for the tokens
+    dropout: float = 0.0  # share of what each head reads that is dropped in training
     learning_rate: float = 3e-3
     min_learning_rate_share: float = 0.05  # where the cosine ends
     warmup_steps: int = 50
@@ -78,19 +85,41 @@ class TrainConfig:
         for name in ("min_learning_rate_share", "warmup_steps", "weight_decay", "patience", "seed"):
             if not getattr(self, name) >= 0:
                 raise TrainingError(f"{name} must not be below 0: got {getattr(self, name)}")
+        if not 0 <= self.dropout < 1:
+            raise TrainingError(f"dropout must be a share from 0 up to, not including, 1: got {self.dropout}")
+        if self.family == "eagle":
+            self._check_eagle()
         if self.max_steps is not None and self.max_steps < 1:
             raise TrainingError(f"max_steps must be at least 1: got {self.max_steps}")
         if max(self.offsets) < 2:
             raise TrainingError("medusa heads must be 2 at least: the first one guesses what the backbone says itself")
 
+    def _check_eagle(self) -> None:
+        if self.num_blocks != 1:
+            raise TrainingError(f"an eagle head is one layer: num_blocks must be 1: got {self.num_blocks}")
+        if self.own_projection:
+            raise TrainingError("an eagle head predicts what the backbone's projection reads: it has none of its own")
+        if not 1 <= self.unroll <= self.num_heads:
+            raise TrainingError(f"unroll must be between 1 and num_heads {self.num_heads}: got {self.unroll}")
+        if not 0 <= self.feature_loss_weight < math.inf:
+            raise TrainingError(f"feature_loss_weight must not be below 0, and finite: got {self.feature_loss_weight}")
+
     @property
     def offsets(self) -> tuple[int, ...]:
-        """Head k (0-based) of the medusa family guesses offset k + 1, of the hydra family k + 2."""
+        """Head k (0-based) of the medusa family guesses offset k + 1, of the others k + 2."""
         first = 1 if self.family == "medusa" else 2
         return tuple(range(first, first + self.num_heads))
 
+    @property
+    def objective(self) -> ObjectiveConfig:
+        own = {name: getattr(self, name) for name in _EAGLE_SETTINGS} if self.family == "eagle" else {}
+        return ObjectiveConfig(loss=self.loss, decay=self.decay, dropout=self.dropout, **own)
+
     def as_json(self) -> dict[str, Any]:
-        return asdict(self) | {"loss": str(self.loss)}
+        """Without the settings of another family, which change nothing."""
+        settings = asdict(self) | {"loss": str(self.loss)}
+        others = () if self.family == "eagle" else _EAGLE_SETTINGS
+        return {name: value for name, value in settings.items() if name not in others}
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +181,7 @@ class _Training:
     ) -> None:
         self._folder = folder
         self._config = config
+        self._backbone_config = backbone.config
         self._accelerator = accelerator
         self._show = progress and accelerator.is_main_process
         self._fingerprint = {"config": config.as_json(), "shards": shards.index.fingerprint}
@@ -177,14 +207,13 @@ class _Training:
         self._features = self._feature_source(backbone, shards)
         computed = ComputedFeatures(backbone)
         held_out_batches = (
-            examples(batch, computed.hidden(batch, ()), config.offsets, teachers=False)
-            for batch in self._held_out_packs(shards)
+            self._examples(batch, computed.hidden(batch, ()), teachers=False) for batch in self._held_out_packs(shards)
         )
         self._held_out_batches = [batch for batch in held_out_batches if batch.num_positions]
         if not self._held_out_batches:
             raise DataError(f"{shards.folder}: the held-out answers are too short for offsets {list(config.offsets)}")
         heads = self._new_heads(backbone, lm_head)
-        objective = Objective(heads, self._frozen, loss=config.loss, decay=config.decay)
+        objective = Objective(heads, self._frozen, config.objective)
         optimizer = torch.optim.AdamW(
             objective.parameters(),
             lr=config.learning_rate,
@@ -258,7 +287,10 @@ class _Training:
 
     def _step(self, batch: PackBatch, packs: list[int]) -> tuple[Tensor, Tensor, int]:
         hidden = self._features.hidden(batch, packs)
-        chosen = examples(batch, hidden, self._config.offsets, teachers=self._config.loss is Loss.KL)
+        chosen = self._examples(batch, hidden, teachers=self._config.objective.needs_teachers)
+        if self._config.dropout:
+            # By the step, not out of a state: resumed runs drop the same, and each process drops its own.
+            torch.manual_seed(_seed(self._config.seed, self._state.step, self._accelerator.process_index))
         loss, own = self._objective(chosen)
         self._accelerator.backward(loss)
         self._accelerator.clip_grad_norm_(self._objective.parameters(), self._config.max_grad_norm)
@@ -267,9 +299,14 @@ class _Training:
         self._optimizer.zero_grad()
         return loss.detach(), own, chosen.num_positions * self._accelerator.num_processes
 
+    def _examples(self, batch: PackBatch, hidden: Tensor, *, teachers: bool) -> Examples:
+        pack_length = self._config.pack_length if self._config.family == "eagle" else None
+        return examples(batch, hidden, self._config.offsets, teachers=teachers, pack_length=pack_length)
+
     def _evaluate(self) -> HeldOut:
         """Every process measures the same batches with the same weights, and so decides the same."""
         measured = self._measure(self._heads)
+        self._heads.train()
         length = measured.acceptance_length(self._config.offsets)
         if length > self._state.best_length:
             self._state.best_length, self._state.evaluations_since_best = length, 0
@@ -284,7 +321,7 @@ class _Training:
             return held_out(heads, self._frozen, self._held_out_batches)
 
     def _result(self) -> TrainResult:
-        heads = self._new_heads_like()
+        heads = _empty_heads(self._config, self._backbone_config, self._frozen.lm_head)
         heads.load_state_dict(self._best)
         device = next(self._heads.parameters()).device
         measured = self._measure(heads.to(device))
@@ -344,26 +381,13 @@ class _Training:
         return cached
 
     def _new_heads(self, backbone: Backbone, lm_head: Tensor) -> DraftHeads:
-        heads = self._new_heads_like(backbone.config.hidden_size, lm_head)
+        heads = _empty_heads(self._config, backbone.config, lm_head)
+        rms = float(self._held_out_batches[0].hidden.float().square().mean().sqrt())
         if isinstance(heads, HydraHeads):
-            rms = float(self._held_out_batches[0].hidden.float().square().mean().sqrt())
             heads.start_as_pass_through(hidden_rms=rms, lm_head=lm_head.cpu().float())
+        elif isinstance(heads, EagleHead):
+            heads.start_as_pass_through(hidden_rms=rms)
         return heads.to(backbone.device)
-
-    def _new_heads_like(self, hidden_size: int | None = None, lm_head: Tensor | None = None) -> DraftHeads:
-        config = self._config
-        lm_head = self._frozen.lm_head if lm_head is None else lm_head
-        hidden_size = hidden_size or lm_head.shape[1]
-        if config.family == "medusa":
-            own = lm_head.cpu().float() if config.own_projection else None
-            return MedusaHeads(hidden_size, num_heads=config.num_heads, num_blocks=config.num_blocks, lm_head=own)
-        shape = HydraShape(
-            hidden_size=hidden_size,
-            num_heads=config.num_heads,
-            num_blocks=config.num_blocks,
-            own_projection=lm_head.shape[0] if config.own_projection else None,
-        )
-        return HydraHeads(shape)
 
     def _learning_rate_share(self, step: int) -> float:
         warmup, low = self._config.warmup_steps, self._config.min_learning_rate_share
@@ -427,6 +451,29 @@ class _Training:
         self._scheduler.load_state_dict(state["scheduler"])
         self._sampler.load_state_dict(state["sampler"])
         torch.set_rng_state(state["random"].cpu())
+
+
+def _empty_heads(config: TrainConfig, backbone: BackboneConfig, lm_head: Tensor) -> DraftHeads:
+    """Float32 heads on the CPU. lm_head: [V', C], the size of own projections, and what those of medusa heads are."""
+    size = backbone.hidden_size
+    if config.family == "medusa":
+        own = lm_head.cpu().float() if config.own_projection else None
+        return MedusaHeads(size, num_heads=config.num_heads, num_blocks=config.num_blocks, lm_head=own)
+    if config.family == "eagle":
+        shape = EagleShape(
+            hidden_size=size,
+            num_query_heads=backbone.num_heads,
+            num_kv_heads=backbone.num_kv_heads,
+            head_dim=backbone.head_dim,
+            intermediate_size=backbone.intermediate_size,
+            rope_theta=backbone.rope.parameters["rope_theta"],
+            num_heads=config.num_heads,
+        )
+        return EagleHead(shape)
+    own_rows = lm_head.shape[0] if config.own_projection else None
+    return HydraHeads(
+        HydraShape(size, num_heads=config.num_heads, num_blocks=config.num_blocks, own_projection=own_rows)
+    )
 
 
 class _Numbered(torch.utils.data.Dataset[Any]):
@@ -503,6 +550,11 @@ def _held_out_record(measured: HeldOut, config: TrainConfig) -> dict[str, Any]:
         "accuracies": [[round(share, 5) for share in row] for row in measured.accuracies],
         "losses": measured.losses,
     }
+
+
+def _seed(*numbers: int) -> int:
+    """64 mixed bits of a tuple of numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
 def _first_line(error: Exception) -> str:

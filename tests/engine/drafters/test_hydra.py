@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from gorgon_engine.drafters.base import DraftContext
-from gorgon_engine.drafters.hydra import BeamLimits, HydraDrafter
+from gorgon_engine.drafters.beam import BeamLimits
+from gorgon_engine.drafters.hydra import HydraDrafter
 from gorgon_engine.heads.hydra import HydraHeads, HydraShape
 from gorgon_engine.tree.builders import RankPath, cartesian_paths
 from gorgon_engine.tree.candidates import CandidateTree

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from gorgon_engine.backbone.base import Backbone
 from gorgon_engine.backbone.select import BackboneOptions, Kernels, load_backbone
 from gorgon_engine.drafters.base import Drafter
-from gorgon_engine.drafters.hydra import BeamLimits, HydraDrafter
+from gorgon_engine.drafters.beam import BeamLimits
+from gorgon_engine.drafters.hydra import HydraDrafter
 from gorgon_engine.drafters.ngram import NgramDrafter
 from gorgon_engine.engine import Engine, EngineConfig
 from gorgon_engine.events import FinishedEvent, TokenEvent

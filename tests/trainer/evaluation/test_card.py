@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from trainer.evaluation.inputs import OFFSETS, inputs
 
-from gorgon_protocol.manifest import BackboneReference, FileRecord, HeadsManifest, TrainingRecord
+from gorgon_protocol.manifest import BackboneReference, DecoderLayer, FileRecord, HeadsManifest, TrainingRecord
 from gorgon_trainer.evaluation.card import model_card
 from gorgon_trainer.evaluation.report import ReportInputs
 
@@ -74,6 +74,13 @@ def test_another_family_with_nothing_but_its_manifest() -> None:
         assert said in card
     assert "## Figures" not in card
     assert "| files |" not in card
+
+
+def test_an_eagle_head_is_called_what_it_is() -> None:
+    layer = DecoderLayer(num_query_heads=4, num_kv_heads=2, head_dim=16, intermediate_size=96, rope_theta=1e4)
+    card = model_card(manifest(family="eagle", normalised=False, num_blocks=1, layer=layer), inputs())
+    for said in ("2401.15077", "| depths | 3 |", "| decoder layers | 1 |", "share the backbone's projection"):
+        assert said in card, said
 
 
 @pytest.mark.parametrize("name", ["O'Neil: a model", "[draft] #1"])

@@ -8,11 +8,13 @@ import torch
 
 from gorgon_engine.backbone.base import Backbone
 from gorgon_engine.drafters.base import DraftContext, Drafter
+from gorgon_engine.drafters.eagle import EagleDrafter
 from gorgon_engine.drafters.heads import HeadsDrafter
 from gorgon_engine.drafters.hydra import HydraDrafter
 from gorgon_engine.drafters.ngram import NgramDrafter
 from gorgon_engine.engine import Engine, EngineConfig
 from gorgon_engine.events import TokenEvent
+from gorgon_engine.heads.eagle import EagleShape
 from gorgon_engine.heads.hydra import HydraHeads, HydraShape
 from gorgon_engine.heads.medusa import MedusaHeads
 from gorgon_engine.sampling import SamplingParams
@@ -22,6 +24,7 @@ from gorgon_protocol.errors import BadRequestError, DataError
 from gorgon_trainer.evaluation.replayed import Answers, Replayed, count_accepted, replay, replay_answers
 from gorgon_trainer.shards import TokenSequence
 from support.drafters import OracleDrafter, WrongDrafter, forest
+from support.eagle import make_head
 
 PROMPTS = ([3, 17, 90], [200, 201, 202, 203, 204, 205], [5], [44, 44, 301, 9, 44])
 LIMITS = (40, 33, 1, 2)  # one answer without a step, one with a single one
@@ -126,8 +129,24 @@ def hydra(backbone: Backbone, answered: Answered) -> Drafter:
     return HydraDrafter(heads, embed=backbone.embed, project=backbone.project_to(said), draft_vocabulary=said)
 
 
+def eagle(backbone: Backbone, answered: Answered) -> Drafter:
+    config = backbone.config
+    shape = EagleShape(
+        config.hidden_size,
+        config.num_heads,
+        config.num_kv_heads,
+        config.head_dim,
+        config.intermediate_size,
+        num_heads=3,
+    )
+    head, said = make_head(shape), torch.tensor(SAID)
+    head.start_as_pass_through(hidden_rms=1.0)
+    torch.nn.init.normal_(head.o.get_parameter("weight"), std=0.3)
+    return EagleDrafter(head, embed=backbone.embed, project=backbone.project_to(said), draft_vocabulary=said)
+
+
 @pytest.mark.parametrize("max_nodes", [2, 16])
-@pytest.mark.parametrize("make", [oracle, wrong, partly_right, lookup, medusa, hydra])
+@pytest.mark.parametrize("make", [oracle, wrong, partly_right, lookup, medusa, hydra, eagle])
 def test_a_replay_takes_the_steps_of_the_engine(
     make: Callable[[Backbone, Answered], Drafter],
     max_nodes: int,
@@ -151,7 +170,7 @@ def test_the_drafters_of_these_tests_are_as_good_as_they_should_be(backbone: Bac
     sequences = sequences_of(answered)
     lengths = {
         make.__name__: replay(make(backbone, answered), backbone, sequences, max_nodes=16).acceptance_length
-        for make in (oracle, wrong, partly_right, lookup, medusa, hydra)
+        for make in (oracle, wrong, partly_right, lookup, medusa, hydra, eagle)
     }
     assert lengths.pop("wrong") == 1.0
     best = lengths.pop("oracle")

@@ -30,7 +30,7 @@ class NativeBackbone:
         self.cache_dtype = torch.float32 if kind == "fp32" else torch.bfloat16
         self.kernels = f"native-{kind}"
         self._rope = weights.rope
-        self._embedding = weights.embedding
+        self.embedding = weights.embedding
         self.lm_head = weights.lm_head
         self._model = NativeModel(
             [_native_layer(layer) for layer in weights.layers],
@@ -50,7 +50,7 @@ class NativeBackbone:
         return lambda hidden: linear(hidden.float().contiguous())
 
     def embed(self, tokens: Tensor) -> Tensor:
-        return self._embedding[tokens].float()
+        return self.embedding[tokens].float()
 
     @torch.inference_mode()
     def forward(self, inputs: ForwardInputs, cache: KVCache, *, logits_for: LogitsFor = LogitsFor.ALL) -> ForwardOutput:
@@ -81,7 +81,7 @@ class NativeBackbone:
         hidden = torch.empty((num_flat, self.config.hidden_size))
         logits = torch.empty((wanted, self.config.vocab_size))
         self._model.forward(
-            embeddings=self._embedding[tokens].float(),
+            embeddings=self.embedding[tokens].float(),
             cos=flat(cos).contiguous(),
             sin=flat(sin).contiguous(),
             slots=flat(inputs.slots[:, None]).int(),

@@ -5,16 +5,20 @@ from enum import StrEnum
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from gorgon_engine.backbone.base import Backbone
 from gorgon_engine.drafters.base import Drafter
+from gorgon_engine.drafters.beam import BeamLimits
+from gorgon_engine.drafters.eagle import EagleDrafter
 from gorgon_engine.drafters.heads import DrawnHeadsDrafter, HeadsDrafter
-from gorgon_engine.drafters.hydra import BeamLimits, HydraDrafter
+from gorgon_engine.drafters.hydra import HydraDrafter
 from gorgon_engine.drafters.ngram import NgramDrafter
 from gorgon_engine.heads.bundled import bundled_heads
 from gorgon_engine.heads.checkpoint import LoadedHeads, Quantization, load_heads, resolve_heads
-from gorgon_engine.heads.hydra import HydraHeads
-from gorgon_engine.heads.native import pack_for_cpu
+from gorgon_engine.heads.eagle import EagleHead
+from gorgon_engine.heads.hydra import HydraHeads, Projection
+from gorgon_engine.heads.native import native_hydra, pack_eagle_for_cpu, pack_for_cpu
 from gorgon_engine.models.identity import backbone_identity
 from gorgon_engine.tree.builders import RankPath, cartesian_paths, sparse_paths
 from gorgon_engine.tree.tree import MAX_NODES
@@ -115,14 +119,16 @@ def _heads_drafter(loaded: LoadedHeads, backbone: Backbone, tree: HeadsTree, dra
         # What is drawn first is oftenest right: a measured order of ranks that differs is noise.
         accuracies = [tuple(sorted(row, reverse=True)) for row in accuracies]
     paths = _paths(tree, manifest, accuracies)
-    vocabulary = loaded.draft_vocabulary
-    project = backbone.project if vocabulary is None else backbone.project_to(vocabulary)
-    on_cpu = backbone.device.type == "cpu"
+    if draw and manifest.family != "medusa":
+        raise BadRequestError(f"drawn drafts need heads of the medusa family: these are {manifest.family} heads")
     if isinstance(loaded.heads, HydraHeads):
-        if draw:
-            raise BadRequestError("drawn drafts need heads of the medusa family: these are hydra heads")
-        return HydraDrafter(
-            pack_for_cpu(loaded.heads, backbone) if on_cpu else loaded.heads,
+        return _hydra_drafter(loaded.heads, backbone, loaded.draft_vocabulary, paths)
+    vocabulary = loaded.draft_vocabulary
+    project = _projection(backbone, vocabulary)
+    on_cpu = backbone.device.type == "cpu"
+    if isinstance(loaded.heads, EagleHead):
+        return EagleDrafter(
+            pack_eagle_for_cpu(loaded.heads, backbone) if on_cpu else loaded.heads,
             embed=backbone.embed,
             project=project,
             draft_vocabulary=vocabulary,
@@ -142,6 +148,28 @@ def _heads_drafter(loaded: LoadedHeads, backbone: Backbone, tree: HeadsTree, dra
         accuracies=accuracies,
         draft_vocabulary=vocabulary,
         vocab_size=backbone.config.vocab_size,
+    )
+
+
+def _projection(backbone: Backbone, vocabulary: Tensor | None) -> Projection:
+    return backbone.project if vocabulary is None else backbone.project_to(vocabulary)
+
+
+def _hydra_drafter(
+    heads: HydraHeads, backbone: Backbone, vocabulary: Tensor | None, paths: Sequence[RankPath] | None
+) -> HydraDrafter:
+    on_cpu = backbone.device.type == "cpu"
+    if on_cpu:
+        heads = pack_for_cpu(heads, backbone)
+    native = native_hydra(heads, backbone, vocabulary) if paths is None else None
+    return HydraDrafter(
+        heads,
+        embed=backbone.embed,
+        project=_projection(backbone, vocabulary) if native is None else None,  # a copy: not made for nothing
+        draft_vocabulary=vocabulary,
+        paths=paths,
+        limits=_CPU_LIMITS if on_cpu else BeamLimits(),
+        native=native,
     )
 
 

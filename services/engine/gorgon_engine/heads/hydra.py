@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 Projection = Callable[[Tensor], Tensor]  # [..., C] -> [..., V]
 
-_NORM_EPS = 1e-5
+NORM_EPS = 1e-5
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +46,7 @@ class HydraHead(nn.Module):
         def linear(inputs: int) -> nn.Linear:
             return nn.Linear(inputs, size, dtype=dtype, device=device)
 
+        self.dropout = nn.Dropout(0.0)  # of the conditions; training may set another share
         self.input: nn.Module = linear((1 + depth) * size)
         self.residual: nn.Module | None = linear((1 + depth) * size) if shape.matrix_residual else None
         self.blocks = nn.ModuleList(linear(size) for _ in range(shape.num_blocks - 1))
@@ -53,7 +54,7 @@ class HydraHead(nn.Module):
     def forward(self, hidden: Tensor, conditions: Tensor) -> Tensor:
         """hidden [..., C], conditions [..., (1 + depth) C]: the inputs side by side -> feature [..., C]."""
         residual = hidden if self.residual is None else self.residual(conditions)
-        x = residual + nn.functional.silu(self.input(conditions))
+        x = residual + nn.functional.silu(self.input(self.dropout(conditions)))
         for block in self.blocks:
             x = x + nn.functional.silu(block(x))
         return x
@@ -133,7 +134,7 @@ class HydraHeads(nn.Module):
         """A hidden state or embedding [..., C] as the heads read it."""
         if not self.shape.normalised:
             return values
-        return nn.functional.rms_norm(values, (self.hidden_size,), eps=_NORM_EPS)
+        return nn.functional.rms_norm(values, (self.hidden_size,), eps=NORM_EPS)
 
     def features(self, depth: int, hidden: Tensor, conditions: Tensor) -> Tensor:
         """What the projection of head `depth` (from 1) reads.
@@ -146,7 +147,7 @@ class HydraHeads(nn.Module):
         feature: Tensor = self.heads[depth - 1](base, conditions)
         if self.norm is None:
             return feature
-        return nn.functional.rms_norm(feature, (self.hidden_size,), self.norm.to(feature.dtype), eps=_NORM_EPS)
+        return nn.functional.rms_norm(feature, (self.hidden_size,), self.norm.to(feature.dtype), eps=NORM_EPS)
 
     def project(self, depth: int, features: Tensor, shared: Projection | None = None) -> Tensor:
         """features [..., C] of head `depth` -> logits [..., V]. `shared`: the backbone's, for heads that share it."""

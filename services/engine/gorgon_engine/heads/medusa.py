@@ -49,6 +49,7 @@ class MedusaHeads(nn.Module):
             copies = lm_head.detach().to(device=device, dtype=dtype).expand(num_heads, -1, -1)
             projection = nn.Parameter(copies.clone(memory_format=torch.contiguous_format))
         self.register_parameter("projection", projection)
+        self.dropout = nn.Dropout(0.0)  # of what the first blocks read; training may set another share
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> "MedusaHeads":
@@ -58,6 +59,7 @@ class MedusaHeads(nn.Module):
         for name in ("weight", "bias", "projection"):
             tensor = tensors.get(name)
             heads.register_parameter(name, None if tensor is None else nn.Parameter(tensor))
+        heads.dropout = nn.Dropout(0.0)
         return heads
 
     @property
@@ -86,7 +88,8 @@ class MedusaHeads(nn.Module):
         """What the projections read: hidden [B, C] -> [B, K, C]."""
         x = hidden.to(self.weight.dtype).expand(self.num_heads, -1, -1)  # [K, B, C]
         for block in range(self.num_blocks):
-            change = torch.baddbmm(self.bias[:, block, None], x, self.weight[:, block].transpose(1, 2))
+            read = self.dropout(x) if block == 0 else x
+            change = torch.baddbmm(self.bias[:, block, None], read, self.weight[:, block].transpose(1, 2))
             x = x + nn.functional.silu(change)
         return x.transpose(0, 1)
 

@@ -17,6 +17,10 @@ _FAMILIES = {
         "Hydra heads ([2402.05109](https://arxiv.org/abs/2402.05109)): every head also sees the tokens drafted before "
         "it"
     ),
+    "eagle": (
+        "EAGLE heads ([2401.15077](https://arxiv.org/abs/2401.15077)): one decoder layer that predicts the backbone's "
+        "hidden states, one after the other, from the tokens drafted so far"
+    ),
 }
 
 _LIMITATIONS = """\
@@ -74,9 +78,9 @@ def _what(manifest: HeadsManifest, licence: str) -> str:
     rows: list[tuple[str, Cell]] = [
         ("backbone", f"{manifest.backbone.name} ({manifest.backbone.identity[:12]})"),
         ("quantisation while training", manifest.quantization),
-        ("heads", manifest.num_heads),
+        ("depths" if manifest.family == "eagle" else "heads", manifest.num_heads),
         ("offsets", ", ".join(map(str, manifest.offsets))),
-        ("residual blocks a head", manifest.num_blocks),
+        ("decoder layers" if manifest.family == "eagle" else "residual blocks a head", manifest.num_blocks),
         ("precision", manifest.dtype),
         *([("files", f"{size / 1e6:.1f} MB")] if size else []),
         ("licence", licence),

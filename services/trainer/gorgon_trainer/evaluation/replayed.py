@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from gorgon_engine.backbone.base import Backbone
-from gorgon_engine.drafters.base import DraftContext, Drafter
+from gorgon_engine.drafters.base import Committed, DraftContext, Drafter, StatefulDrafter
 from gorgon_engine.tree.candidates import CandidateTree
 from gorgon_engine.tree.tree import MAX_NODES, MergedCandidates, merge_candidates
 from gorgon_protocol.errors import BadRequestError, DataError
@@ -131,7 +131,29 @@ class Answers:
             history=torch.where(columns < known[:, None], history, 0),
             history_lengths=known,
             seeds=torch.zeros_like(places),
+            slots=owners,
         )
+
+    def known_to(self, drafter: Drafter) -> Drafter:
+        """The drafter, told of all sequences where it remembers any: each has a slot of its own. What lies behind a
+        place is remembered too, and bounded by the history that a context gives."""
+        if not isinstance(drafter, StatefulDrafter):
+            return drafter
+        drafter = drafter.for_slots(len(self.lengths), max(self.lengths))
+        starts = self.starts.tolist()
+        for slot, _ in self.of_each_sequence():
+            start, length = starts[slot], self.lengths[slot]
+            pairs = slice(start, start + length - 1)  # behind the last token nothing is known
+            drafter.observe(
+                Committed(
+                    slots=torch.tensor([slot], device=self.tokens.device),
+                    starts=torch.zeros_like(self.starts[:1]),
+                    hidden=self.hidden[pairs][None],
+                    next_tokens=self.tokens[start + 1 : start + length][None],
+                    counts=torch.tensor([length - 1], device=self.tokens.device),
+                )
+            )
+        return drafter
 
     def continuations(self, rows: slice, count: int) -> Tensor:
         """[B, count] the tokens behind the roots that a draft can be accepted for, -1 where there are none.
@@ -158,6 +180,7 @@ def replay(
     there is nothing to replay, `BadRequestError` for a number of nodes that no tree has.
     """
     answers = Answers.of(backbone, sequences)
+    drafter = answers.known_to(drafter)
     return replay_answers(
         answers,
         lambda rows: drafter.propose(answers.context(rows), max_nodes - 1),

@@ -21,6 +21,7 @@ from gorgon_engine.heads.checkpoint import (
     save_heads,
     written_beside,
 )
+from gorgon_engine.heads.eagle import EagleHead
 from gorgon_engine.heads.families import dtype_of, family_fields
 from gorgon_engine.heads.hydra import HydraHeads
 from gorgon_engine.heads.medusa import MedusaHeads
@@ -194,6 +195,8 @@ def _export(loaded: LoadedHeads, format: ExportFormat, backbone: Backbone | None
     """The foreign files' content. Raises `HeadsError` with the reason alone."""
     manifest, heads = loaded.manifest, loaded.heads
     used = manifest.tree_heads
+    if isinstance(heads, EagleHead):
+        raise HeadsError("its heads are of the family eagle, for which there is no foreign layout yet")
     if not used or len(used) != len(set(manifest.offsets) - {1}):
         raise HeadsError(f"its offsets {list(manifest.offsets)} are not 2, 3, ... without a gap")
     if loaded.draft_vocabulary is not None and format is not ExportFormat.VLLM_MEDUSA:
@@ -219,6 +222,7 @@ def _export(loaded: LoadedHeads, format: ExportFormat, backbone: Backbone | None
 
 def _projections(loaded: LoadedHeads, backbone: Backbone | None) -> list[Tensor]:
     """The projection of every head, [V', C]: own, or the backbone's rows in the heads' precision."""
+    assert not isinstance(loaded.heads, EagleHead)
     if loaded.heads.projection is not None:
         return list(loaded.heads.projection)
     if backbone is None:

@@ -23,6 +23,7 @@ Kind = Literal["fp32", "bf16", "int8"]
 KIND_CODES: dict[Kind, int] = {"fp32": 0, "bf16": 1, "int8": 2}
 VALUES_PER_WORD: dict[Kind, int] = {"fp32": 1, "bf16": 2, "int8": 4}  # a 32-bit word of packed weights
 PANEL = 32
+HUGE_PAGE = 2 << 20
 
 
 class PackedMatrix(ctypes.Structure):
@@ -91,8 +92,13 @@ class NativeLibrary:
         shape = (ctypes.c_int64, ctypes.c_int64)
         self._declare("gorgon_gumbel_argmax", None, pointer, *shape, pointer, pointer, ctypes.c_int32, pointer)
         self._declare("gorgon_top_log_probs", ctypes.c_int, pointer, *shape, ctypes.c_int64, pointer, pointer)
+        self._declare("gorgon_rms_norm", None, pointer, pointer, *shape, ctypes.c_float, pointer)
+        self._declare("gorgon_add_silu", None, pointer, pointer, ctypes.c_int64, pointer)
         for name in ("gorgon_lookup", "gorgon_merge_candidates", "gorgon_flatten"):
             self._declare(name, ctypes.c_char_p, pointer)
+        self._declare("gorgon_hydra_create", pointer, pointer)
+        self._declare("gorgon_hydra_destroy", None, pointer)
+        self._declare("gorgon_hydra_draft", ctypes.c_char_p, pointer, pointer)
         self._declare("gorgon_model_create", pointer, ctypes.POINTER(ModelConfig))
         self._declare("gorgon_model_destroy", None, pointer)
         self._declare("gorgon_model_forward", ctypes.c_char_p, pointer, ctypes.POINTER(ForwardArgs))
@@ -237,10 +243,14 @@ class PackedLinear:
         """Bytes of weights that one pass streams."""
         return self._data.numel() * self._data.element_size()
 
+    @property
+    def is_moved(self) -> bool:
+        """Whether `move_to` was called: a model that shares this matrix may be reading it where it is."""
+        return self._moved
+
     def move_to(self, storage: Tensor) -> None:
         """Moves the weights into storage, uint8 [num_bytes], once: an arena has huge pages, small tensors cannot."""
-        if self._moved:  # a model that shares this matrix may be reading it
-            return
+        assert not self._moved
         target = storage.view(self._data.dtype).view(self._data.shape)
         target.copy_(self._data)
         self._data, self._moved = target, True
@@ -270,3 +280,19 @@ class PackedLinear:
         if self.kind == "int8":
             padded = (padded - 128) * self._scales[:, None]
         return padded[: self.out_features, : self.in_features].contiguous()
+
+
+def gather_in_arena(linears: Sequence[PackedLinear], library: NativeLibrary) -> Tensor:
+    """The memory that the matrices' weights were moved to, side by side in this order, in huge pages where there are.
+
+    Those that were moved before stay where they are. Each is freed as it moves, so the peak is one matrix over.
+    """
+    moving = [linear for linear in dict.fromkeys(linears) if not linear.is_moved]
+    sizes = [(linear.num_bytes + 63) // 64 * 64 for linear in moving]
+    arena = torch.empty(sum(sizes) + HUGE_PAGE, dtype=torch.uint8)
+    offset = -arena.data_ptr() % HUGE_PAGE
+    library.handle.gorgon_advise_huge_pages(arena.data_ptr() + offset, sum(sizes) // HUGE_PAGE * HUGE_PAGE)
+    for linear, size in zip(moving, sizes, strict=True):
+        linear.move_to(arena[offset : offset + linear.num_bytes])
+        offset += size
+    return arena

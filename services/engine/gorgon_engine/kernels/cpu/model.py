@@ -26,11 +26,11 @@ from gorgon_engine.kernels.cpu.library import (
     PackedLinear,
     check,
     describe,
+    gather_in_arena,
 )
 
 MAX_HEAD_DIM = 512
 MAX_TREE_WORDS = 2
-HUGE_PAGE = 2 << 20
 CACHE_DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -76,7 +76,7 @@ class NativeModel:
         self.vocab_size = lm_head.out_features
         self._check_weights()
         self._library = lm_head.library
-        self._arena = self._gather_weights()
+        self._arena = gather_in_arena(self.linears(), self._library)
         self._lock = threading.Lock()
         descriptions = (LayerWeights * len(self.layers))(*(describe_layer(layer) for layer in self.layers))
         config = ModelConfig(
@@ -121,18 +121,6 @@ class NativeModel:
                     check(f"layer {index}: {name}", norm, (dim,), torch.float32)
             if layer.sliding_window < 0:
                 raise ValueError(f"layer {index}: sliding_window must not be negative, not {layer.sliding_window}")
-
-    def _gather_weights(self) -> Tensor:
-        """One arena in the order of use. Each matrix is freed as it moves, so the peak is one matrix over."""
-        linears = list(dict.fromkeys(self.linears()))
-        sizes = [(linear.num_bytes + 63) // 64 * 64 for linear in linears]
-        arena = torch.empty(sum(sizes) + HUGE_PAGE, dtype=torch.uint8)
-        offset = -arena.data_ptr() % HUGE_PAGE
-        self._library.handle.gorgon_advise_huge_pages(arena.data_ptr() + offset, sum(sizes) // HUGE_PAGE * HUGE_PAGE)
-        for linear, size in zip(linears, sizes, strict=True):
-            linear.move_to(arena[offset : offset + linear.num_bytes])
-            offset += size
-        return arena
 
     def forward(
         self,

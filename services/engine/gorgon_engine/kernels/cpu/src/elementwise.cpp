@@ -25,7 +25,8 @@ void rms_norm(const float* x, const float* weight, int64_t n, float eps, float* 
   const F16 factor = set1(1.0f / std::sqrt(mean + eps));
   for (int64_t i = 0; i < n; i += kLanes) {
     const int count = lanes_left(n, i);
-    store_n(out + i, (load_n(x + i, count) * factor) * load_n(weight + i, count), count);
+    const F16 y = load_n(x + i, count) * factor;
+    store_n(out + i, weight ? y * load_n(weight + i, count) : y, count);
   }
 }
 
@@ -49,6 +50,15 @@ void silu_multiply(const float* gate_up, int64_t n, float* out) {
   }
 }
 
+void add_silu(const float* x, const float* residual, int64_t n, float* out) {
+  const F16 one = set1(1.0f), zero = set1(0.0f);
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const int count = lanes_left(n, i);
+    const F16 value = load_n(x + i, count);
+    store_n(out + i, load_n(residual + i, count) + value / (one + exp(zero - value)), count);
+  }
+}
+
 void store_scaled(const float* x, float scale, int64_t n, bool bf16, void* out) {
   const F16 factor = set1(scale);
   for (int64_t i = 0; i < n; i += kLanes) {
@@ -67,3 +77,13 @@ void store_scaled(const float* x, float scale, int64_t n, bool bf16, void* out) 
 }
 
 }  // namespace gorgon
+
+#define GORGON_API extern "C" __attribute__((visibility("default")))
+
+GORGON_API void gorgon_rms_norm(const float* x, const float* weight, int64_t rows, int64_t n, float eps, float* out) {
+  for (int64_t row = 0; row < rows; ++row) gorgon::rms_norm(x + row * n, weight, n, eps, out + row * n);
+}
+
+GORGON_API void gorgon_add_silu(const float* x, const float* residual, int64_t n, float* out) {
+  gorgon::add_silu(x, residual, n, out);
+}

@@ -2,9 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
-#include <new>
 
 #include "elementwise.h"
 
@@ -17,22 +15,6 @@ constexpr int64_t kMlpRows = 512;
 int64_t element_bytes(bool bf16) { return bf16 ? 2 : 4; }
 
 }  // namespace
-
-Buffer::~Buffer() { std::free(data_); }
-
-void* Buffer::reserve(int64_t bytes) {
-  if (bytes > capacity_) {
-    std::free(data_);
-    capacity_ = (bytes + bytes / 4 + 4096) / 64 * 64;
-    data_ = std::aligned_alloc(64, capacity_);
-    if (!data_) {
-      capacity_ = 0;
-      throw std::bad_alloc();
-    }
-    std::memset(data_, 0, capacity_);  // padding words are read (against zero weights) and must not be NaN
-  }
-  return data_;
-}
 
 struct Model::Workspace {
   int64_t qkv_width;

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "buffer.h"
 #include "linear.h"
 
 namespace gorgon {
@@ -54,21 +55,6 @@ struct ForwardArgs {
   int64_t num_logits;
   float* out_hidden;  // [rows, hidden_size]
   float* out_logits;  // [num_logits, vocab_size]
-};
-
-// Memory that grows and stays, cache-line aligned.
-class Buffer {
- public:
-  ~Buffer();
-  void* reserve(int64_t bytes);
-  template <typename T>
-  T* get(int64_t count) {
-    return static_cast<T*>(reserve(count * static_cast<int64_t>(sizeof(T))));
-  }
-
- private:
-  void* data_ = nullptr;
-  int64_t capacity_ = 0;
 };
 
 // Owns the workspace: one forward at a time.
