@@ -92,11 +92,11 @@ def _load_heads(engine: "Engine", heads: Path | None) -> "LoadedHeads":
 
     model = engine.config.model
     folder = resolve_model(model)
-    heads = heads or bundled_heads(folder, engine.backbone.config)
-    if heads is None:
+    checkpoint = heads or bundled_heads(folder, engine.backbone.config)
+    if checkpoint is None:
         raise BadRequestError(f"no trained heads come with the program for {model}: give their folder with --heads")
-    loaded = load_heads_for(engine.backbone, folder, heads)
-    for notice in loaded.notices:
+    loaded = load_heads_for(engine.backbone, folder, checkpoint)
+    for notice in loaded.notices if heads is not None else ():  # nobody chose those of the program
         click.echo(f"gorgon: {notice}", err=True)
     return loaded
 

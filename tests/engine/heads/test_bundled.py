@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gorgon_engine.heads.bundled import BUNDLED_STORE, bundled_heads
-from gorgon_engine.heads.checkpoint import save_heads
+from gorgon_engine.heads.checkpoint import save_heads, verify_heads
 from gorgon_engine.heads.families import family_fields
 from gorgon_engine.heads.hydra import HydraHeads, HydraShape
 from gorgon_engine.models.config import BackboneConfig
@@ -113,3 +113,16 @@ def test_the_store_is_inside_the_package(folder: Path) -> None:
     """Where a built wheel carries it; the tiny backbone of the tests is in none."""
     assert BUNDLED_STORE.parent.name == "gorgon_engine"
     assert bundled_heads(folder, config_of(folder)) is None
+
+
+def test_the_small_model_comes_with_heads(smollm2: Path) -> None:
+    """Whole, for that very model, and small enough for a source repository."""
+    checkpoint = bundled_heads(smollm2, config_of(smollm2))
+    assert checkpoint is not None
+    manifest = verify_heads(checkpoint)
+    assert manifest.tree_heads
+    assert manifest.training is not None
+    assert (checkpoint / "README.md").read_text().count("## ") >= 5, "a model card lies beside the weights"
+    weights = [record.size for name, record in manifest.files.items() if name.endswith(".safetensors")]
+    assert max(weights) <= 15_000_000
+    assert sum(weights) < 32_000_000
