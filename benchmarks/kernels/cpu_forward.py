@@ -1,9 +1,10 @@
 """Time of one native CPU forward against the number of rows, for each weight kind and context length.
 
     python benchmarks/kernels/cpu_forward.py --model <Hugging Face model folder>
+    python benchmarks/kernels/cpu_forward.py --model <folder> --kinds int8 --builds native no-amx
 
-Kinds, row counts and contexts take turns within each round and the medians are printed, so that a noisy machine blurs
-all of them alike. "GB/s" is weight bytes / time at one row.
+Kinds, builds, row counts and contexts take turns within each round and the medians are printed, so that a noisy machine
+blurs all of them alike. "GB/s" is weight bytes / time at the first row count.
 """
 
 from __future__ import annotations
@@ -19,12 +20,19 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from gorgon_engine.kernels.cpu import Kind, NativeLayer, NativeModel, PackedLinear, load_library
+from gorgon_engine.kernels.cpu import Kind, NativeLayer, NativeLibrary, NativeModel, PackedLinear, load_library
 
 KINDS: tuple[Kind, ...] = ("fp32", "bf16", "int8")
+# The flags take instructions away from what the machine has.
+BUILDS = {
+    "native": (),
+    "no-amx": ("-DGORGON_NO_AMX",),
+    "avx2": ("-mno-avx512f", "-mno-avxvnni"),
+    "generic": ("-DGORGON_FORCE_GENERIC",),
+}
 
 
-def load_model(folder: Path, kind: Kind) -> NativeModel:
+def load_model(folder: Path, kind: Kind, library: NativeLibrary) -> NativeModel:
     config = json.loads((folder / "config.json").read_text())
     weights: dict[str, Tensor] = {}
     for shard in sorted(folder.glob("*.safetensors")):
@@ -34,7 +42,8 @@ def load_model(folder: Path, kind: Kind) -> NativeModel:
     def pack(prefix: str, *names: str) -> PackedLinear:
         matrices = [weights[f"{prefix}{name}.weight"] for name in names]
         biases = [weights[f"{prefix}{name}.bias"] for name in names if f"{prefix}{name}.bias" in weights]
-        return PackedLinear.pack(torch.cat(matrices), torch.cat(biases) if biases else None, kind)
+        bias = torch.cat(biases) if biases else None
+        return PackedLinear.pack(torch.cat(matrices), bias, kind, library=library)
 
     def norm(name: str) -> Tensor | None:
         return weights[name].float() if name in weights else None
@@ -112,10 +121,27 @@ class Timer:
         return time.perf_counter() - start
 
 
+Case = tuple[int, int, bool]  # rows, context, tree
+
+
+def measure(timers: dict[str, Timer], cases: list[Case], rounds: int) -> dict[tuple[str, Case], list[float]]:
+    """Seconds of each forward, by the timer's name and the case."""
+    samples: dict[tuple[str, Case], list[float]] = {}
+    for round_index in range(rounds + 1):
+        for case in cases:
+            for name, timer in timers.items():
+                rows, context, tree = case
+                seconds = timer.seconds(rows, context, tree=tree)
+                if round_index > 0:  # the first round grows workspaces
+                    samples.setdefault((name, case), []).append(seconds)
+    return samples
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
+    parser.add_argument("--builds", nargs="+", choices=BUILDS, default=["native"])
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32, 64, 128])
     parser.add_argument("--contexts", nargs="+", type=int, default=[128, 1024])
     parser.add_argument("--prefill", type=int, default=512)
@@ -125,38 +151,33 @@ def main() -> None:
     if max(options.rows) > 128:
         parser.error("a tree has at most 128 rows")
 
-    library = load_library()
-    if options.threads:
-        library.set_num_threads(options.threads)
-    print(f"instruction set {library.instruction_set}, {library.num_threads} threads")
     positions = max(max(options.contexts) + max(options.rows), options.prefill)
-    timers = {}
-    for kind in options.kinds:
-        cache_dtype = torch.float32 if kind == "fp32" else torch.bfloat16
-        timers[kind] = Timer(load_model(options.model, kind), cache_dtype, positions)
+    timers: dict[str, Timer] = {}
+    for build in options.builds:
+        library = load_library(BUILDS[build])
+        if options.threads:
+            library.set_num_threads(options.threads)
+        print(f"{build}: instruction set {library.instruction_set}, {library.num_threads} threads")
+        for kind in options.kinds:
+            cache_dtype = torch.float32 if kind == "fp32" else torch.bfloat16
+            timers[f"{kind}, {build}"] = Timer(load_model(options.model, kind, library), cache_dtype, positions)
 
     cases = [(rows, context, True) for context in options.contexts for rows in options.rows]
-    cases.append((options.prefill, 0, False))
-    samples: dict[tuple[str, int, int, bool], list[float]] = {}
-    for round_index in range(options.rounds + 1):
-        for rows, context, tree in cases:
-            for kind, timer in timers.items():
-                seconds = timer.seconds(rows, context, tree=tree)
-                if round_index > 0:  # the first round grows workspaces
-                    samples.setdefault((kind, rows, context, tree), []).append(seconds)
+    prefill = (options.prefill, 0, False)
+    samples = measure(timers, [*cases, prefill], options.rounds)
 
-    for kind, timer in timers.items():
+    for name, timer in timers.items():
         weight_bytes = sum(linear.num_bytes for linear in timer.model.linears())
         for context in options.contexts:
-            one = statistics.median(samples[kind, options.rows[0], context, True])
+            one = statistics.median(samples[name, (options.rows[0], context, True)])
             print(
-                f"\n{kind}, context {context}: {weight_bytes / one / 1e9:.1f} GB/s of weights at {options.rows[0]} row"
+                f"\n{name}, context {context}: {weight_bytes / one / 1e9:.1f} GB/s of weights at {options.rows[0]} row"
             )
             for rows in options.rows:
-                times = samples[kind, rows, context, True]
+                times = samples[name, (rows, context, True)]
                 median = statistics.median(times)
                 print(f"  {rows:4d} rows  {median * 1e3:8.2f} ms (least {min(times) * 1e3:7.2f})  x{median / one:.2f}")
-        median = statistics.median(samples[kind, options.prefill, 0, False])
+        median = statistics.median(samples[name, prefill])
         print(f"  prefill of {options.prefill}: {median * 1e3:.0f} ms")
 
 

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gorgon_engine.kernels.cpu import Kind, NativeLibrary, PackedLinear, load_library, set_num_threads
+from gorgon_engine.kernels.cpu.build import cpu_identity
 
 GROUP = 64
 # What a machine without the newer instructions would run; the flags only take away.
@@ -15,6 +16,8 @@ BUILDS = {
     "avx2": ("-mno-avx512f", "-mno-avxvnni"),
     "generic": ("-DGORGON_FORCE_GENERIC",),
 }
+if "amx_int8" in cpu_identity():
+    BUILDS["no-amx"] = ("-DGORGON_NO_AMX",)
 SHAPES = [(1, 1), (3, 5), (64, 32), (70, 33), (130, 47), (576, 192)]
 
 
@@ -27,6 +30,11 @@ def test_the_builds_are_what_their_names_say() -> None:
     assert load_library(BUILDS["generic"]).instruction_set == "generic"
     avx2 = load_library(BUILDS["avx2"]).instruction_set
     assert avx2 in ("avx2", "generic")  # generic where the machine is not x86
+    native = load_library().instruction_set
+    if "no-amx" in BUILDS:
+        assert load_library(BUILDS["no-amx"]).instruction_set == native.removesuffix("+amx")
+    else:
+        assert "amx" not in native
 
 
 def int8_reference(x: torch.Tensor, packed: PackedLinear) -> torch.Tensor:
@@ -80,6 +88,56 @@ def test_a_row_does_not_see_the_others(
     assert torch.equal(packed(x[order].contiguous()), together[order])
     for row in {0, rows // 2, rows - 1}:
         assert torch.equal(packed(x[row : row + 1]), together[row : row + 1])
+
+
+def extreme_rows(rows: int, inputs: int, generator: torch.Generator) -> torch.Tensor:
+    """Rows of ordinary values, all zeros, one sign (the largest sums that int8 gives), tiny, huge and with outliers."""
+    x = torch.randn(rows, inputs, generator=generator)
+    for row, kind in enumerate(torch.randint(0, 7, (rows,), generator=generator).tolist()):
+        if kind == 0:
+            x[row] = 0
+        elif kind == 1:
+            x[row] = 3
+        elif kind == 2:
+            x[row] = -3
+        elif kind == 3:
+            x[row] *= 1e-30
+        elif kind == 4:
+            x[row] *= 1e30
+        elif kind == 5:
+            x[row, :: GROUP // 2] *= 1000
+    return x
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.integers(1, 70) | st.sampled_from([191, 193, 390]),
+    inputs=st.integers(1, 400) | st.sampled_from([64, 128, 576]),
+    outputs=st.integers(1, 130),
+    threads=st.integers(1, 3),
+    seed=st.integers(0, 2**31),
+)
+def test_int8_has_the_same_bits_on_every_instruction_set(
+    rows: int, inputs: int, outputs: int, threads: int, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(outputs, inputs, generator=generator)
+    weight[0] = 1  # the largest value of every input
+    weight[-1] = -1
+    bias = torch.randn(outputs, generator=generator) if seed % 2 else None
+    x = extreme_rows(rows, inputs, generator)
+    results = {}
+    for name, flags in BUILDS.items():
+        library = load_library(flags)
+        before = library.num_threads
+        library.set_num_threads(threads)
+        try:
+            results[name] = PackedLinear.pack(weight, bias, "int8", library=library)(x)
+        finally:
+            library.set_num_threads(before)
+    for name, result in results.items():
+        assert torch.equal(result, results["generic"]), name
+    assert results["generic"].isfinite().all()
 
 
 @pytest.mark.parametrize("kind", ["fp32", "bf16", "int8"])

@@ -3,6 +3,7 @@
 
 #include "forward.h"
 #include "linear.h"
+#include "linear_amx.h"
 #include "pool.h"
 #include "simd.h"
 
@@ -12,27 +13,29 @@
 
 using namespace gorgon;
 
+#if defined(GORGON_AVX512)
+#if defined(__AVX512VNNI__) && defined(__AVX512BF16__)
+#define GORGON_VECTOR_SET "avx512+vnni+bf16"
+#elif defined(__AVX512VNNI__)
+#define GORGON_VECTOR_SET "avx512+vnni"
+#else
+#define GORGON_VECTOR_SET "avx512"
+#endif
+#elif defined(GORGON_AVX2) && defined(__AVXVNNI__)
+#define GORGON_VECTOR_SET "avx2+vnni"
+#elif defined(GORGON_AVX2)
+#define GORGON_VECTOR_SET "avx2"
+#else
+#define GORGON_VECTOR_SET "generic"
+#endif
+
 #define GORGON_API extern "C" __attribute__((visibility("default")))
 
 GORGON_API const char* gorgon_instruction_set() {
-#if defined(GORGON_AVX512)
-  return "avx512"
-#if defined(__AVX512VNNI__)
-         "+vnni"
+#if defined(GORGON_AMX)
+  if (amx_granted()) return GORGON_VECTOR_SET "+amx";
 #endif
-#if defined(__AVX512BF16__)
-         "+bf16"
-#endif
-      ;
-#elif defined(GORGON_AVX2)
-#if defined(__AVXVNNI__)
-  return "avx2+vnni";
-#else
-  return "avx2";
-#endif
-#else
-  return "generic";
-#endif
+  return GORGON_VECTOR_SET;
 }
 
 GORGON_API void gorgon_set_num_threads(int count) { Pool::instance().set_num_threads(count); }

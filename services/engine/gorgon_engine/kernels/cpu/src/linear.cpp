@@ -1,14 +1,13 @@
 #include "linear.h"
 
 #include <algorithm>
+#include <optional>
 
+#include "linear_amx.h"
 #include "linear_ops.h"
 
 namespace gorgon {
 namespace {
-
-// Rows whose activations stay in L2 while the panels pass by.
-constexpr int64_t kRowChunk = 192;
 
 struct Tile {
   const uint32_t* act;
@@ -20,22 +19,8 @@ struct Tile {
   const char* prefetch;  // this tile's part of the panel that comes next, and the bytes of it to fetch a step
   int64_t prefetch_bytes;
   int64_t steps;
-  const float* channel_scales;
-  const float* bias;
-  float* out;
-  int64_t out_stride;
-  int64_t channels;  // left in the panel
-  bool accumulate;
+  PanelOutput out;
 };
-
-void finish(const Tile& t, F16 y, int row, int64_t channel) {
-  const int64_t width = std::min<int64_t>(t.channels - channel, kLanes);
-  if (width <= 0) return;
-  if (t.bias) y = y + load(t.bias + channel);
-  float* out = t.out + row * t.out_stride + channel;
-  if (t.accumulate) y = load_n(out, static_cast<int>(width)) + y;
-  store_n(out, y, static_cast<int>(width));
-}
 
 // out[r][v] = the sum over steps [begin, end) of the tile.
 template <typename Op, int Rows, int Vectors>
@@ -89,12 +74,12 @@ void multiply(const Tile& t, int first_vector) {
       }
     }
     for (auto& row : sums)
-      for (int v = 0; v < Vectors; ++v) row[v] = row[v] * load(t.channel_scales + (first_vector + v) * kLanes);
+      for (int v = 0; v < Vectors; ++v) row[v] = row[v] * load(t.out.channel_scales + (first_vector + v) * kLanes);
   } else {
     run_steps<Op, Rows, Vectors>(t, 0, t.steps, w, sums);
   }
   for (int r = 0; r < Rows; ++r)
-    for (int v = 0; v < Vectors; ++v) finish(t, sums[r][v], r, (first_vector + v) * kLanes);
+    for (int v = 0; v < Vectors; ++v) finish(t.out, sums[r][v], r, (first_vector + v) * kLanes);
 }
 
 template <typename Op, int Rows>
@@ -113,14 +98,14 @@ template <typename Op>
 void panel_rows(const PackedMatrix& m, const Activations& act, int64_t row, int64_t rows, int64_t panel, float* out,
                 int64_t out_stride, bool accumulate) {
   const int64_t blocks = (rows + Op::kMaxRows - 1) / Op::kMaxRows;
-  const int64_t channel = panel * kPanel;
+  const int64_t stride = row_words(m.kind, m.in_features, act);
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t first = row + rows * block / blocks;
     const int64_t count = row + rows * (block + 1) / blocks - first;
     const uint32_t* weights = m.data + panel * steps_of(m) * kPanel;
     const char* next = reinterpret_cast<const char*>(weights + steps_of(m) * kPanel);
-    const Tile tile{act.words + first * act.stride,
-                    act.stride,
+    const Tile tile{act.words + first * stride,
+                    stride,
                     act.scales + first * act.groups,
                     act.sums + first * act.groups,
                     act.groups,
@@ -128,12 +113,7 @@ void panel_rows(const PackedMatrix& m, const Activations& act, int64_t row, int6
                     next + block * steps_of(m) * 128 / blocks / 64 * 64,
                     blocks == 1 ? 128 : 64,
                     steps_of(m),
-                    m.scales + channel,
-                    m.has_bias ? m.bias + channel : nullptr,
-                    out + first * out_stride + channel,
-                    out_stride,
-                    m.out_features - channel,
-                    accumulate};
+                    panel_output(m, panel, out + first * out_stride, out_stride, accumulate)};
     dispatch<Op>(tile, static_cast<int>(count), std::make_integer_sequence<int, Op::kMaxRows>{});
   }
 }
@@ -145,10 +125,36 @@ void linear_panel(const PackedMatrix& m, const Activations& act, int64_t row, in
   else panel_rows<Int8Op>(m, act, row, rows, panel, out, out_stride, accumulate);
 }
 
+// One thread's product for rows [row, row + rows), panel by panel.
+class RowRange {
+ public:
+  RowRange(const PackedMatrix& m, const Activations& act, int64_t row, int64_t rows)
+      : m_(m), act_(act), row_(row), rows_(rows) {
+#if defined(GORGON_AMX)
+    if (m.kind == kInt8 && rows >= kAmxMinRows && amx_granted()) amx_.emplace(m, act, row, rows);
+#endif
+  }
+
+  void panel(int64_t panel, float* out, int64_t out_stride, bool accumulate) {
+#if defined(GORGON_AMX)
+    if (amx_) return amx_->panel(panel, out, out_stride, accumulate);
+#endif
+    linear_panel(m_, act_, row_, rows_, panel, out, out_stride, accumulate);
+  }
+
+ private:
+  const PackedMatrix& m_;
+  const Activations& act_;
+  int64_t row_, rows_;
+#if defined(GORGON_AMX)
+  std::optional<AmxRows> amx_;
+#endif
+};
+
 }  // namespace
 
 void prepare_row(int32_t kind, const float* x, int64_t in_features, const Activations& act, int64_t row) {
-  uint32_t* words = act.words + row * act.stride;
+  uint32_t* words = act.words + row * row_words(kind, in_features, act);
   const int64_t n = in_features;
   if (kind == kFp32) {
     std::memcpy(words, x, n * sizeof(float));
@@ -167,19 +173,33 @@ void prepare_row(int32_t kind, const float* x, int64_t in_features, const Activa
       for (int64_t i = first; i < end; i += kLanes)
         sum = sum + store_int8(reinterpret_cast<int8_t*>(words) + i, values(i) * inverse);
       act.scales[row * act.groups + group] = absmax / 127.0f;
-      act.sums[row * act.groups + group] = static_cast<int32_t>(reduce_add(sum));  // small integers: exact
+      act.sums[row * act.groups + group] = 128 * static_cast<int32_t>(reduce_add(sum));  // small integers: exact
     }
+    const int64_t written = activation_words(n);
+    std::memset(reinterpret_cast<int8_t*>(words) + written, 0, activation_groups(n) * kGroup - written);
   }
+}
+
+void linear_panels(const PackedMatrix& m, const Activations& act, int64_t row, int64_t rows, int64_t begin, int64_t end,
+                   float* out, int64_t out_stride) {
+  RowRange range(m, act, row, rows);
+  for (int64_t panel = begin; panel < end; ++panel) range.panel(panel, out, out_stride, false);
 }
 
 void linear(Pool& pool, const PackedMatrix& m, const Activations& act, int64_t rows, float* out, int64_t out_stride,
             bool accumulate) {
   const int64_t panels = panels_of(m);
   const int64_t chunks = (rows + kRowChunk - 1) / kRowChunk;
+  std::optional<RowRange> range;
+  int64_t current = -1;
   pool.for_each(panels * chunks, [&](int64_t item) {
     const int64_t chunk = item / panels;
-    const int64_t row = chunk * kRowChunk;
-    linear_panel(m, act, row, std::min(kRowChunk, rows - row), item % panels, out, out_stride, accumulate);
+    if (chunk != current) {
+      range.reset();  // before the next takes over the thread's tiles
+      range.emplace(m, act, chunk * kRowChunk, std::min(kRowChunk, rows - chunk * kRowChunk));
+      current = chunk;
+    }
+    range->panel(item % panels, out, out_stride, accumulate);
   });
 }
 

@@ -1,6 +1,7 @@
 // The multiply-accumulate step of each weight kind: 16 output channels against one 32-bit word of activations.
 #pragma once
 
+#include <algorithm>
 #include <type_traits>
 #include <utility>
 
@@ -100,8 +101,33 @@ struct Bf16Op {
 };
 #endif
 
-// The int8 ops work on one group of activations at a time; to_float(acc, sum) is its exact integer product: the
-// weights' +128 is taken back as 128 * sum.
+// Where a panel's sums go: row 0 and channel 0 of it.
+struct PanelOutput {
+  const float* channel_scales;
+  const float* bias;  // null: none
+  float* data;
+  int64_t stride;
+  int64_t channels;  // left in the panel
+  bool accumulate;
+};
+
+inline PanelOutput panel_output(const PackedMatrix& m, int64_t panel, float* out, int64_t stride, bool accumulate) {
+  const int64_t channel = panel * kPanel;
+  return {m.scales + channel, m.has_bias ? m.bias + channel : nullptr, out + channel, stride, m.out_features - channel,
+          accumulate};
+}
+
+inline void finish(const PanelOutput& out, F16 y, int row, int64_t channel) {
+  const int64_t width = std::min<int64_t>(out.channels - channel, kLanes);
+  if (width <= 0) return;
+  if (out.bias) y = y + load(out.bias + channel);
+  float* to = out.data + row * out.stride + channel;
+  if (out.accumulate) y = load_n(to, static_cast<int>(width)) + y;
+  store_n(to, y, static_cast<int>(width));
+}
+
+// The int8 ops work on one group of activations at a time; to_float(acc, sum) is its exact integer product: sum is
+// what the weights' +128 added (Activations::sums).
 
 #if defined(GORGON_AVX512) && defined(__AVX512VNNI__)
 struct Int8Op {
@@ -114,7 +140,7 @@ struct Int8Op {
   static Act act(const uint32_t* p) { return _mm512_set1_epi32(static_cast<int>(*p)); }
   static void step(Acc& acc, Weight w, Act a) { acc = _mm512_dpbusd_epi32(acc, w, a); }
   static F16 to_float(Acc acc, int32_t sum) {
-    return {_mm512_cvtepi32_ps(_mm512_sub_epi32(acc, _mm512_set1_epi32(128 * sum)))};
+    return {_mm512_cvtepi32_ps(_mm512_sub_epi32(acc, _mm512_set1_epi32(sum)))};
   }
 };
 #elif defined(GORGON_AVX512) || defined(GORGON_AVX2)
@@ -165,7 +191,7 @@ struct Int8Op {
   }
 #endif
   static F16 to_float(Acc acc, int32_t sum) {
-    const __m256i offset = _mm256_set1_epi32(128 * sum);
+    const __m256i offset = _mm256_set1_epi32(sum);
     const __m256 low = _mm256_cvtepi32_ps(_mm256_sub_epi32(half(acc, 0), offset));
     const __m256 high = _mm256_cvtepi32_ps(_mm256_sub_epi32(half(acc, 1), offset));
 #if defined(GORGON_AVX512)
@@ -198,7 +224,7 @@ struct Int8Op {
   }
   static F16 to_float(Acc acc, int32_t sum) {
     F16 exact;
-    for (int i = 0; i < kLanes; ++i) exact.v[i] = static_cast<float>(acc.v[i] - 128 * sum);
+    for (int i = 0; i < kLanes; ++i) exact.v[i] = static_cast<float>(acc.v[i] - sum);
     return exact;
   }
 };

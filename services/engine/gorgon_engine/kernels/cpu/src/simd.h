@@ -201,21 +201,42 @@ inline F16 store_int8(int8_t* p, F16 x) {
 
 #endif
 
+// Halves against halves, on every instruction set: lane i with lane i + 8, then i + 4, i + 2, i + 1.
+#if defined(GORGON_AVX512) || defined(GORGON_AVX2)
+#if defined(GORGON_AVX512)
+inline __m256 low_half(F16 x) { return _mm512_castps512_ps256(x.v); }
+inline __m256 high_half(F16 x) { return _mm512_extractf32x8_ps(x.v, 1); }
+#else
+inline __m256 low_half(F16 x) { return x.a; }
+inline __m256 high_half(F16 x) { return x.b; }
+#endif
+
 inline float reduce_add(F16 x) {
-  float lanes[kLanes];
-  store(lanes, x);
-  for (int width = kLanes / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-  return lanes[0];
+  const __m256 eight = _mm256_add_ps(low_half(x), high_half(x));
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
 
 inline float reduce_max(F16 x) {
-  float lanes[kLanes];
-  store(lanes, x);
-  for (int width = kLanes / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) lanes[i] = lanes[i] > lanes[i + width] ? lanes[i] : lanes[i + width];
-  return lanes[0];
+  const __m256 eight = _mm256_max_ps(low_half(x), high_half(x));
+  const __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
 }
+#else
+inline float reduce_add(F16 x) {
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) x.v[i] += x.v[i + width];
+  return x.v[0];
+}
+
+inline float reduce_max(F16 x) {
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) x.v[i] = x.v[i] > x.v[i + width] ? x.v[i] : x.v[i + width];
+  return x.v[0];
+}
+#endif
 
 // exp(x), relative error below 2e-7; exactly 1 at 0 and exactly 0 below -87 (the mask of attention relies on both).
 inline F16 exp(F16 x) {
