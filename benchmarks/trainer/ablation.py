@@ -37,7 +37,8 @@ from gorgon_protocol.errors import GorgonError
 from gorgon_trainer.evaluation.replayed import Answers, Replayed, replay_answers
 from gorgon_trainer.objective import Loss
 from gorgon_trainer.shards import ShardSet, TokenSequence
-from gorgon_trainer.training import TrainConfig, TrainResult, train
+from gorgon_trainer.train_config import TrainConfig
+from gorgon_trainer.training import TrainResult, train
 
 NODES = (8, 16, 32, 64)  # rows of a verification pass, root included
 GREEDY_SHARE = 0.97  # rounding moves the first choice at one token in a hundred

@@ -70,7 +70,8 @@ def chain(embeddings: Tensor, first: int, slot: int = 0, words: int = 1) -> Rows
 def tree(embeddings: Tensor, parents: list[int], first: int, words: int) -> Rows:
     """Node i is written at first + i; parents[i] < i, or -1 for a child of the prefix."""
     count = len(parents)
-    masks, depths = [], []
+    masks: list[int] = []
+    depths: list[int] = []
     for node, parent in enumerate(parents):
         masks.append((masks[parent] if parent >= 0 else 0) | 1 << node)
         depths.append(depths[parent] + 1 if parent >= 0 else 0)
@@ -110,8 +111,15 @@ class Rig:
             for index in range(LAYERS)
         ]
         self.final_norm, self.head = norm(HIDDEN), linear(VOCAB, HIDDEN)
-        sizes = {"num_heads": HEADS, "num_kv_heads": KV_HEADS, "head_dim": DIM, "rms_norm_eps": EPS}
-        self.model = NativeModel(self.layers, self.final_norm, self.head, **sizes)
+        self.model = NativeModel(
+            self.layers,
+            self.final_norm,
+            self.head,
+            num_heads=HEADS,
+            num_kv_heads=KV_HEADS,
+            head_dim=DIM,
+            rms_norm_eps=EPS,
+        )
         shape = (LAYERS, SLOTS, KV_HEADS, POSITIONS, DIM)
         self.keys = torch.full(shape, torch.nan, dtype=variant.cache)
         self.values = self.keys.clone()

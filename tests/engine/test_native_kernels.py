@@ -1,6 +1,9 @@
 """The CPU kernels: right against plain arithmetic, and bit-identical however the rows come. Whole forwards are in
 test_native_forward.py; here every instruction set is compiled and its linears are checked."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -138,6 +141,30 @@ def test_int8_has_the_same_bits_on_every_instruction_set(
     for name, result in results.items():
         assert torch.equal(result, results["generic"]), name
     assert results["generic"].isfinite().all()
+
+
+if "no-amx" in BUILDS:
+    # The kernel refuses the tiles to a process with a signal stack too small for their state.
+    REFUSED = """
+import ctypes, torch
+class Stack(ctypes.Structure):
+    _fields_ = [("address", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t)]
+memory = ctypes.create_string_buffer(4096)
+stack = Stack(ctypes.addressof(memory), 0, len(memory))
+assert ctypes.CDLL(None).sigaltstack(ctypes.byref(stack), None) == 0
+from gorgon_engine.kernels.cpu import PackedLinear, load_library
+generator = torch.Generator().manual_seed(7)
+weight, x = torch.randn(100, 200, generator=generator), torch.randn(20, 200, generator=generator)
+print(load_library().instruction_set, PackedLinear.pack(weight, None, "int8")(x).numpy().tobytes().hex())
+"""
+
+    def test_vector_code_serves_where_the_kernel_refuses_the_tiles() -> None:
+        done = subprocess.run([sys.executable, "-c", REFUSED], capture_output=True, text=True, check=True)
+        instruction_set, result = done.stdout.split()
+        assert "amx" not in instruction_set
+        generator = torch.Generator().manual_seed(7)
+        weight, x = torch.randn(100, 200, generator=generator), torch.randn(20, 200, generator=generator)
+        assert PackedLinear.pack(weight, None, "int8")(x).numpy().tobytes().hex() == result
 
 
 @pytest.mark.parametrize("kind", ["fp32", "bf16", "int8"])

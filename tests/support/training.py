@@ -18,7 +18,8 @@ from gorgon_engine.backbone.select import BackboneOptions, Kernels, load_backbon
 from gorgon_protocol.manifest import BackboneReference
 from gorgon_trainer.objective import FrozenBackbone, Loss
 from gorgon_trainer.shards import ShardIndex, ShardSet, ShardWriter, TokenSequence
-from gorgon_trainer.training import STATE_FILE, TrainConfig, TrainResult, train
+from gorgon_trainer.train_config import TrainConfig
+from gorgon_trainer.training import STATE_FILE, TrainResult, train
 from gorgon_trainer.vocabulary import lm_head_weight
 
 VOCAB = 67

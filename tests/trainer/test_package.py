@@ -16,7 +16,8 @@ from gorgon_protocol.manifest import HeadsManifest
 from gorgon_trainer.evaluation.predicted import predicted_acceptance_length
 from gorgon_trainer.package import CheckpointName, checkpoint_manifest, write_checkpoint
 from gorgon_trainer.shards import ShardSet
-from gorgon_trainer.training import TrainConfig, TrainResult
+from gorgon_trainer.train_config import TrainConfig
+from gorgon_trainer.training import TrainResult
 from support.training import CONFIG, REFERENCE, run_training
 
 pytestmark = pytest.mark.usefixtures("one_thread")

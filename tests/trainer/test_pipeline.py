@@ -13,7 +13,7 @@ from gorgon_trainer.evaluation.measured import MeasureSettings
 from gorgon_trainer.evaluation.prompts import read_prompts
 from gorgon_trainer.finish import HEADS, EvaluateConfig, evaluate
 from gorgon_trainer.presets import PRESETS
-from gorgon_trainer.training import read_history
+from gorgon_trainer.run_log import read_history
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from gorgon_trainer.data.builtin import BUILTIN
 from gorgon_trainer.data.fetch import PACKAGED
 from gorgon_trainer.pipeline import run_preset
 from gorgon_trainer.presets import PRESETS
-from gorgon_trainer.training import read_history
+from gorgon_trainer.run_log import read_history
 from support.vocabularies import CHATML, byte_level_bpe, save
 
 

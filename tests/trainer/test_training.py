@@ -18,8 +18,9 @@ from gorgon_trainer.dataset import PackedDataset, collate
 from gorgon_trainer.features import examples, hidden_states
 from gorgon_trainer.heldout import held_out
 from gorgon_trainer.objective import Loss
+from gorgon_trainer.run_log import HISTORY_FILE, read_history
 from gorgon_trainer.shards import ShardSet
-from gorgon_trainer.training import HISTORY_FILE, STATE_FILE, read_history
+from gorgon_trainer.training import STATE_FILE
 from support.training import (
     CONFIG,
     CYCLE,
@@ -125,7 +126,8 @@ def test_a_run_killed_in_the_middle_ends_with_the_same_bits(
         "import torch\n"
         "from accelerate import Accelerator\n"
         "from gorgon_trainer.shards import ShardSet\n"
-        "from gorgon_trainer.training import read_history, train\n"
+        "from gorgon_trainer.run_log import read_history\n"
+        "from gorgon_trainer.training import train\n"
         "from support.training import CONFIG, load_fp32, mortal\n"
         "torch.set_num_threads(1)\n"
         f"folder, backbone = Path({str(folder)!r}), load_fp32(Path({str(small_model)!r}))\n"

@@ -10,8 +10,9 @@ import torch
 from gorgon_engine.backbone.base import Backbone
 from gorgon_protocol.errors import DataError, TrainingError
 from gorgon_trainer.objective import Loss
+from gorgon_trainer.run_log import read_history
 from gorgon_trainer.shards import ShardSet, TokenSequence
-from gorgon_trainer.training import STATE_FILE, read_history
+from gorgon_trainer.training import STATE_FILE
 from support.training import (
     CAN_MOUNT,
     CONFIG,

@@ -209,7 +209,7 @@ def heads(
     silence_libraries()
     from gorgon_trainer.objective import Loss
     from gorgon_trainer.pipeline import train_with
-    from gorgon_trainer.training import TrainConfig
+    from gorgon_trainer.train_config import TrainConfig
 
     eagle = family == "eagle"
     config = TrainConfig(

@@ -20,7 +20,7 @@ from gorgon_trainer.evaluation.measured import MeasureSettings, measure_nodes
 from gorgon_trainer.evaluation.prompts import EvaluationPrompt
 from gorgon_trainer.evaluation.report import ReportInputs, write_report
 from gorgon_trainer.files import folder_written_whole, written_whole
-from gorgon_trainer.training import read_history
+from gorgon_trainer.run_log import read_history
 
 MEASUREMENTS_FILE = "measurements.json"
 HEADS, BOTH = "heads", "heads + lookup"

@@ -9,7 +9,8 @@ from gorgon_engine.heads.families import family_fields
 from gorgon_protocol.manifest import HeadsManifest, TrainingRecord
 from gorgon_trainer.evaluation.predicted import recommended_tree
 from gorgon_trainer.shards import ShardSet
-from gorgon_trainer.training import TrainConfig, TrainResult
+from gorgon_trainer.train_config import TrainConfig
+from gorgon_trainer.training import TrainResult
 
 _RECOMMENDED_NODES = 64
 

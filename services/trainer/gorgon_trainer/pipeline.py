@@ -32,7 +32,8 @@ from gorgon_trainer.package import CheckpointName, checkpoint_manifest, write_ch
 from gorgon_trainer.presets import Preset
 from gorgon_trainer.publish import publish
 from gorgon_trainer.shards import ShardSet
-from gorgon_trainer.training import TrainConfig, train
+from gorgon_trainer.train_config import TrainConfig
+from gorgon_trainer.training import train
 
 Say = Callable[[str], None]
 

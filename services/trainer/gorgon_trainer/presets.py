@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from gorgon_engine.models.loading import Quantization
 from gorgon_trainer.distill import DistillConfig
 from gorgon_trainer.objective import Loss
-from gorgon_trainer.training import TrainConfig
+from gorgon_trainer.train_config import TrainConfig
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,10 +9,9 @@ import json
 import math
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,92 +33,15 @@ from gorgon_trainer.feature_cache import CachedFeatures, ComputedFeatures, Featu
 from gorgon_trainer.features import Examples, examples
 from gorgon_trainer.files import written_whole
 from gorgon_trainer.heldout import HeldOut, held_out
-from gorgon_trainer.objective import FrozenBackbone, Loss, Objective, ObjectiveConfig
+from gorgon_trainer.objective import FrozenBackbone, Objective
+from gorgon_trainer.run_log import RunLog
 from gorgon_trainer.sampler import ResumableSampler
 from gorgon_trainer.shards import ShardSet, Split
+from gorgon_trainer.train_config import TrainConfig
 from gorgon_trainer.vocabulary import draft_vocabulary, lm_head_weight
 
 STATE_FILE = "state.pt"
-HISTORY_FILE = "history.jsonl"
 _HELD_OUT_PACKS = 64
-_EAGLE_SETTINGS = ("unroll", "feature_loss_weight")
-
-
-@dataclass(frozen=True, slots=True)
-class TrainConfig:
-    """What to train and how. Everything but the device and the number of processes: a run is resumed with the same."""
-
-    family: Literal["medusa", "hydra", "eagle"] = "hydra"
-    num_heads: int = 4  # eagle: depths that its one layer drafts
-    num_blocks: int = 4  # eagle: 1
-    own_projection: bool = False
-    draft_vocab_size: int | None = None  # the most frequent tokens of the training answers; None = all
-    loss: Loss = Loss.CROSS_ENTROPY
-    decay: float = 1.0  # weight of head k is decay^k; 1 = the plain sum
-    unroll: int = 1  # eagle: depths that are trained, each on the feature that the one before predicted
-    feature_loss_weight: float = 10.0  # eagle: of the distance to the backbone's features, beside 1 for the tokens
-    dropout: float = 0.0  # share of what each head reads that is dropped in training
-    learning_rate: float = 3e-3
-    min_learning_rate_share: float = 0.05  # where the cosine ends
-    warmup_steps: int = 50
-    weight_decay: float = 0.01
-    max_grad_norm: float = 1.0
-    pack_length: int = 1024
-    packs_per_batch: int = 8  # on each device
-    num_epochs: float = 1.0
-    max_steps: int | None = None  # instead of whole epochs
-    eval_every: int = 200  # steps; also at the end
-    patience: int = 0  # evaluations without a better held-out acceptance length before it stops; 0 = never
-    save_every: int = 200  # steps; also at the end
-    cache_features: bool = False
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        positive = ("num_heads", "num_blocks", "packs_per_batch", "eval_every", "save_every", "pack_length")
-        for name in positive:
-            if getattr(self, name) < 1:
-                raise TrainingError(f"{name} must be at least 1: got {getattr(self, name)}")
-        for name in ("learning_rate", "num_epochs", "decay", "max_grad_norm"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise TrainingError(f"{name} must be above 0 and finite: got {getattr(self, name)}")
-        for name in ("min_learning_rate_share", "warmup_steps", "weight_decay", "patience", "seed"):
-            if not getattr(self, name) >= 0:
-                raise TrainingError(f"{name} must not be below 0: got {getattr(self, name)}")
-        if not 0 <= self.dropout < 1:
-            raise TrainingError(f"dropout must be a share from 0 up to, not including, 1: got {self.dropout}")
-        if self.family == "eagle":
-            self._check_eagle()
-        if self.max_steps is not None and self.max_steps < 1:
-            raise TrainingError(f"max_steps must be at least 1: got {self.max_steps}")
-        if max(self.offsets) < 2:
-            raise TrainingError("medusa heads must be 2 at least: the first one guesses what the backbone says itself")
-
-    def _check_eagle(self) -> None:
-        if self.num_blocks != 1:
-            raise TrainingError(f"an eagle head is one layer: num_blocks must be 1: got {self.num_blocks}")
-        if self.own_projection:
-            raise TrainingError("an eagle head predicts what the backbone's projection reads: it has none of its own")
-        if not 1 <= self.unroll <= self.num_heads:
-            raise TrainingError(f"unroll must be between 1 and num_heads {self.num_heads}: got {self.unroll}")
-        if not 0 <= self.feature_loss_weight < math.inf:
-            raise TrainingError(f"feature_loss_weight must not be below 0, and finite: got {self.feature_loss_weight}")
-
-    @property
-    def offsets(self) -> tuple[int, ...]:
-        """Head k (0-based) of the medusa family guesses offset k + 1, of the others k + 2."""
-        first = 1 if self.family == "medusa" else 2
-        return tuple(range(first, first + self.num_heads))
-
-    @property
-    def objective(self) -> ObjectiveConfig:
-        own = {name: getattr(self, name) for name in _EAGLE_SETTINGS} if self.family == "eagle" else {}
-        return ObjectiveConfig(loss=self.loss, decay=self.decay, dropout=self.dropout, **own)
-
-    def as_json(self) -> dict[str, Any]:
-        """Without the settings of another family, which change nothing."""
-        settings = asdict(self) | {"loss": str(self.loss)}
-        others = () if self.family == "eagle" else _EAGLE_SETTINGS
-        return {name: value for name, value in settings.items() if name not in others}
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,7 +166,7 @@ class _Training:
             unit="step",
             disable=not self._show or None,
         )
-        with steps, _Log(self._folder, self._state.step, on=self._accelerator.is_main_process) as log:
+        with steps, RunLog(self._folder, self._state.step, on=self._accelerator.is_main_process) as log:
             batches = self._batches()
             mark = time.perf_counter()
             while self._state.step < self._num_steps and not self._state.stopped_early:
@@ -491,57 +413,6 @@ class _Numbered(torch.utils.data.Dataset[Any]):
 
 def _collate_numbered(items: list[Any]) -> tuple[PackBatch, list[int]]:
     return collate([pack for _, pack in items]), [index for index, _ in items]
-
-
-class _Log:
-    """`history.jsonl` and TensorBoard, on one process only. What a resumed run does again is written again."""
-
-    def __init__(self, folder: Path, step: int, *, on: bool) -> None:
-        self._on = on
-        self._path = folder / HISTORY_FILE
-        self._tensorboard: Any = None
-        if not on:
-            return
-        from torch.utils.tensorboard import SummaryWriter
-
-        kept = [record for record in read_history(folder) if record["step"] <= step]
-        with written_whole(self._path) as file:
-            file.writelines(json.dumps(record).encode() + b"\n" for record in kept)
-        self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
-
-    def __enter__(self) -> "_Log":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-
-    def write(self, record: dict[str, Any]) -> None:
-        if not self._on:
-            return
-        with self._path.open("ab") as file:
-            file.write(json.dumps(record).encode() + b"\n")
-        step = record["step"]
-        for name in ("loss", "learning_rate", "positions_per_second"):
-            self._tensorboard.add_scalar(name, record[name], step)
-        for head, loss in enumerate(record["head_losses"]):
-            self._tensorboard.add_scalar(f"head_loss/{head + 1}", loss, step)
-        if "held_out" in record:
-            measured = record["held_out"]
-            self._tensorboard.add_scalar("held_out/acceptance_length", measured["acceptance_length"], step)
-            for head, row in enumerate(measured["accuracies"]):
-                self._tensorboard.add_scalar(f"held_out/top_1/{head + 1}", row[0], step)
-
-
-def read_history(folder: Path) -> list[dict[str, Any]]:
-    """The records of a run's `history.jsonl`, none where there is no file. A last line cut off by a kill is dropped."""
-    path = folder / HISTORY_FILE
-    records = []
-    if path.exists():
-        for line in path.read_text().splitlines():
-            with suppress(ValueError):
-                records.append(json.loads(line))
-    return records
 
 
 def _held_out_record(measured: HeldOut, config: TrainConfig) -> dict[str, Any]:

@@ -29,7 +29,7 @@ _WIDTHS = (4, 3, 2, 2)  # of a cartesian tree, as far as there are heads
 
 # On a CPU every row and every depth of the search costs a noticeable part of a plain step: what is unlikely to be
 # accepted is not looked below (docs/experiments.md).
-_CPU_LIMITS = BeamLimits(num_choices=6, width=4, min_path_prob=0.1)
+_CPU_LIMITS = BeamLimits(num_choices=6, width=4, min_path_prob=0.2)
 
 
 class DrafterKind(StrEnum):

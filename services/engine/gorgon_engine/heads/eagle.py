@@ -172,8 +172,8 @@ class EagleHead(nn.Module):
     def angles(self, positions: Tensor) -> Angles:
         """Of positions [B, N], which are those of the features that a step reads."""
         steps = torch.arange(0, self.shape.head_dim, 2, device=positions.device) / self.shape.head_dim
-        angles = positions[:, :, None] * self.shape.rope_theta**-steps
-        return Angles(angles.cos(), angles.sin())
+        angles = (positions[:, :, None] * self.shape.rope_theta**-steps).double()  # as in models/rope.py
+        return Angles(angles.cos().float(), angles.sin().float())
 
     def rows(self, features: Tensor, embeddings: Tensor, angles: Angles) -> Rows:
         """The layer up to its attention: features [B, N, W, C], embeddings [B, N, W, C] of the tokens behind them."""

@@ -59,8 +59,10 @@ class RotaryEmbedding:
         if self.config.depends_on_length:
             lengths = torch.maximum(prompt_lengths, positions + 1)[..., None]  # [..., 1]
             inv_freq = self._inv_freq_for(lengths)  # [..., D/2]
-        angles = positions[..., None].float() * inv_freq  # [..., D/2]
-        return angles.cos() * self._attention_factor, angles.sin() * self._attention_factor
+        # In double: on some CPUs the first single-precision cosine that torch takes in a process is off in the fourth
+        # place, and a prompt would be prefilled with other keys than those that it is decoded with.
+        angles = (positions[..., None].float() * inv_freq).double()  # [..., D/2]
+        return angles.cos().float() * self._attention_factor, angles.sin().float() * self._attention_factor
 
     def _inv_freq_for(self, lengths: Tensor) -> Tensor:
         if self.config.rope_type == "longrope":

@@ -47,7 +47,8 @@ class DraftSearch {
              const int64_t* vocabulary);
 
   int64_t max_rows() const { return max_rows_; }
-  const std::vector<DraftPath>& paths() const { return paths_; }  // by sequence, best first; none: the search is over
+  // By sequence, best first; none: the search is over.
+  const std::vector<DraftPath>& paths() const { return paths_; }
 
   // Inside Pool::run(): from features of paths(), prepared for `projection`, to the paths of the next depth. last: none.
   void descend(Pool& pool, const PackedMatrix& projection, const Activations& features, bool last);

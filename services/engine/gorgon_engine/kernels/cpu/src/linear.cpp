@@ -164,7 +164,9 @@ void prepare_row(int32_t kind, const float* x, int64_t in_features, const Activa
   } else {
     for (int64_t group = 0; group * kGroup < n; ++group) {
       const int64_t first = group * kGroup, end = std::min(first + kGroup, n);
-      const auto values = [&](int64_t i) { return load_n(x + i, static_cast<int>(std::min<int64_t>(end - i, kLanes))); };
+      const auto values = [&](int64_t i) {
+        return load_n(x + i, static_cast<int>(std::min<int64_t>(end - i, kLanes)));
+      };
       F16 largest = set1(0.0f);
       for (int64_t i = first; i < end; i += kLanes) largest = max(largest, abs(values(i)));
       const float absmax = reduce_max(largest);

@@ -52,7 +52,7 @@ struct Activations {
 inline int64_t activation_words(int64_t in_features) { return (in_features + 15) / 16 * 16; }
 inline int64_t activation_groups(int64_t in_features) { return (in_features + kGroup - 1) / kGroup; }
 
-// From one row to the next. int8 rows lie closer than `stride`, whole groups each and an odd number of cache lines apart:
+// From one row to the next. int8 rows lie closer than `stride`, in whole groups and an odd number of cache lines apart:
 // the same words of 16 rows, which AMX loads together, then fall into different sets of the cache.
 inline int64_t row_words(int32_t kind, int64_t in_features, const Activations& act) {
   return kind == kInt8 ? (activation_groups(in_features) | 1) * (kGroup / 4) : act.stride;
