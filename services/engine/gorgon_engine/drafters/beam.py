@@ -99,11 +99,12 @@ def _join(levels: Sequence[_Level], max_nodes: int, source: str) -> CandidateTre
     place = order.new_full((order.shape[0], total + 1), -1)
     place.scatter_(1, order + 1, torch.arange(count, device=order.device).expand_as(order))
     parents = torch.cat([level.parents for level in levels], dim=1).gather(1, order)
+    padding = log_probs == -torch.inf  # of rows whose search ended before their neighbours'
     tree = CandidateTree(
-        tokens=torch.cat([level.tokens for level in levels], dim=1).gather(1, order),
-        parents=place.gather(1, parents + 1),
+        tokens=torch.cat([level.tokens for level in levels], dim=1).gather(1, order).masked_fill(padding, 0),
+        parents=place.gather(1, parents + 1).masked_fill(padding, -1),
         log_probs=log_probs,
-        ranks=torch.cat([level.ranks for level in levels], dim=1).gather(1, order),
+        ranks=torch.cat([level.ranks for level in levels], dim=1).gather(1, order).masked_fill(padding, 0),
         source=source,
     )
     return _padded(tree, max_nodes - count)
