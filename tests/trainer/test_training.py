@@ -15,6 +15,7 @@ from gorgon_engine.heads.eagle import EagleHead
 from gorgon_engine.heads.hydra import HydraHeads
 from gorgon_engine.heads.medusa import MedusaHeads
 from gorgon_trainer.dataset import PackedDataset, collate
+from gorgon_trainer.feature_cache import Features
 from gorgon_trainer.features import examples, hidden_states
 from gorgon_trainer.heldout import held_out
 from gorgon_trainer.objective import Loss
@@ -211,12 +212,13 @@ def test_the_seed_decides(cycles: ShardSet, small_backbone: Backbone, finished: 
     assert any(not torch.equal(tensor, weights(other)[name]) for name, tensor in weights(first).items())
 
 
-def test_cached_features_give_the_same_weights(
-    cycles: ShardSet, small_backbone: Backbone, finished: Path, tmp_path: Path
+@pytest.mark.parametrize("kept", [Features.DISK, Features.MEMORY])
+def test_kept_features_give_the_same_weights(
+    cycles: ShardSet, small_backbone: Backbone, finished: Path, tmp_path: Path, kept: Features
 ) -> None:
-    cached = run_training(cycles, tmp_path, small_backbone, cache_features=True)
-    assert list((tmp_path / "features").iterdir())
-    assert_same_weights(weights(cached), weights(run_training(cycles, finished, small_backbone)))
+    result = run_training(cycles, tmp_path, small_backbone, features=kept)
+    assert (tmp_path / "features").exists() == (kept is Features.DISK)
+    assert_same_weights(weights(result), weights(run_training(cycles, finished, small_backbone)))
 
 
 def test_tensorboard_and_history_say_the_same(finished: Path) -> None:
@@ -277,7 +279,7 @@ def test_two_processes_train_together(
         "accelerator = Accelerator(cpu=True)\n"
         "assert accelerator.num_processes == 2\n"
         f"backbone = load_fp32(Path({str(small_model)!r}))\n"
-        f"config = replace(CONFIG, cache_features=True, **{changes!r})\n"
+        f"config = replace(CONFIG, features=feature_cache.Features.DISK, **{changes!r})\n"
         f"result = train(ShardSet.open(Path({str(cycles.folder)!r})), Path({str(tmp_path / 'run')!r}),\n"
         "               backbone=backbone, config=config, accelerator=accelerator, progress=False)\n"
         f"here = Path({str(tmp_path)!r}) / f'rank-{{accelerator.process_index}}.pt'\n"

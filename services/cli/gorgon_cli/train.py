@@ -19,6 +19,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 PRESETS = ("smoke", "smollm2", "llama3-8b")
 FAMILIES = ("medusa", "hydra", "eagle")
 LOSSES = ("cross-entropy", "kl")
+FEATURES = ("computed", "disk", "memory")
 _FOLDER = click.Path(path_type=Path, file_okay=False)
 
 
@@ -180,7 +181,8 @@ def distill(
 @click.option("--patience", type=click.IntRange(min=0), default=0, show_default=True,
               help="Stop after so many evaluations without a longer held-out acceptance; 0 = never.")  # fmt: skip
 @click.option("--save-every", type=click.IntRange(min=1), default=200, show_default=True, help="Steps.")
-@click.option("--cache-features", is_flag=True, help="Keep hidden states on disk instead of computing them again.")
+@click.option("--features", type=click.Choice(FEATURES), default="computed", show_default=True,
+              help="Hidden states: from the backbone for every batch, or kept on disk or in memory.")  # fmt: skip
 @click.option("--max-file-bytes", type=click.IntRange(min=1), metavar="N", help="Split the weights into such files.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @backbone_options
@@ -192,6 +194,7 @@ def heads(
     family: Literal["medusa", "hydra", "eagle"],
     num_blocks: int | None,
     loss: str | None,
+    features: str,
     max_file_bytes: int | None,
     model: str,
     quantization: str | None,
@@ -207,6 +210,7 @@ def heads(
     """
     import_engine()
     silence_libraries()
+    from gorgon_trainer.feature_cache import Features
     from gorgon_trainer.objective import Loss
     from gorgon_trainer.pipeline import train_with
     from gorgon_trainer.train_config import TrainConfig
@@ -216,9 +220,10 @@ def heads(
         family=family,
         num_blocks=num_blocks or (1 if eagle else 4),
         loss=Loss(loss or ("kl" if eagle else "cross-entropy")),
+        features=Features(features),
         **settings,
     )
-    assert set(settings) | {"family", "num_blocks", "loss", "min_learning_rate_share"} == {
+    assert set(settings) | {"family", "num_blocks", "loss", "features", "min_learning_rate_share"} == {
         field.name for field in fields(TrainConfig)
     }
     outcome = train_with(

@@ -1,13 +1,14 @@
-"""Where the hidden states of packs come from: computed when they are needed, or read back from disk.
+"""Where the hidden states of packs come from: computed when they are needed, read back from disk, or remembered.
 
-Computing costs a forward pass of the backbone for every epoch, the cache 2 or 4 bytes times the hidden size for every
-position (1.1 KB in bf16 for a hidden size of 576, 8 KB for 4096).
+Computing costs a forward pass of the backbone for every epoch, keeping them 2 or 4 bytes times the hidden size for
+every position (1.1 KB in bf16 for a hidden size of 576, 8 KB for 4096).
 
 Letters: L positions a pack, C hidden size, F packs a file.
 """
 
 import hashlib
 from collections.abc import Sequence
+from enum import StrEnum
 from pathlib import Path
 from typing import Protocol
 
@@ -18,13 +19,22 @@ from torch import Tensor
 from tqdm import tqdm
 
 from gorgon_engine.backbone.base import Backbone
-from gorgon_protocol.errors import DataError
+from gorgon_protocol.errors import DataError, TrainingError
 from gorgon_trainer.dataset import PackBatch, PackedDataset, collate
 from gorgon_trainer.features import hidden_states
 from gorgon_trainer.files import written_whole
 
 _PACKS_PER_FILE = 64
 _KEY = "gorgon_features"
+_MEMORY_SHARE = 0.8  # of what is free: the training itself needs the rest
+
+
+class Features(StrEnum):
+    """Where hidden states come from: a pass of the backbone for every batch, files, or the device's memory."""
+
+    COMPUTED = "computed"
+    DISK = "disk"
+    MEMORY = "memory"
 
 
 class FeatureSource(Protocol):
@@ -41,6 +51,32 @@ class ComputedFeatures:
 
     def hidden(self, batch: PackBatch, packs: Sequence[int]) -> Tensor:
         return hidden_states(self._backbone, batch)
+
+
+class RememberedFeatures:
+    """A forward pass of the backbone for every pack once; its hidden states then stay in the device's memory."""
+
+    def __init__(self, backbone: Backbone, dataset: PackedDataset) -> None:
+        """Raises `TrainingError` where a GPU has no room for them all."""
+        self._backbone = backbone
+        self._pack_length = dataset.pack_length
+        self._packs: dict[int, Tensor] = {}  # [L, C]
+        if backbone.device.type == "cuda":
+            # Over the epochs every process meets most packs, however many processes there are.
+            needed = len(dataset) * dataset.pack_length * backbone.config.hidden_size * backbone.cache_dtype.itemsize
+            free, _ = torch.cuda.mem_get_info(backbone.device)
+            if needed > _MEMORY_SHARE * free:
+                raise TrainingError(
+                    f"the hidden states of {len(dataset)} packs take {needed / 2**30:.1f} GiB and the GPU has "
+                    f"{free / 2**30:.1f} free: keep them on disk, or have them computed"
+                )
+
+    def hidden(self, batch: PackBatch, packs: Sequence[int]) -> Tensor:
+        if any(pack not in self._packs for pack in packs):
+            computed = hidden_states(self._backbone, batch).split(self._pack_length)
+            for pack, hidden in zip(packs, computed, strict=True):
+                self._packs.setdefault(pack, hidden.clone())
+        return torch.cat([self._packs[pack] for pack in packs])
 
 
 class CachedFeatures:

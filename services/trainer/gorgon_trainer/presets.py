@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from gorgon_engine.models.loading import Quantization
 from gorgon_trainer.distill import DistillConfig
+from gorgon_trainer.feature_cache import Features
 from gorgon_trainer.objective import Loss
 from gorgon_trainer.train_config import TrainConfig
 
@@ -51,7 +52,7 @@ PRESETS: Mapping[str, Preset] = {
                 warmup_steps=5,
                 eval_every=20,
                 save_every=20,
-                cache_features=True,
+                features=Features.DISK,
             ),
             evaluation_prompts=4,
             evaluation_tokens=48,

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from gorgon_protocol.errors import TrainingError
+from gorgon_trainer.feature_cache import Features
 from gorgon_trainer.objective import Loss, ObjectiveConfig
 
 _EAGLE_SETTINGS = ("unroll", "feature_loss_weight")
@@ -36,7 +37,7 @@ class TrainConfig:
     eval_every: int = 200  # steps; also at the end
     patience: int = 0  # evaluations without a better held-out acceptance length before it stops; 0 = never
     save_every: int = 200  # steps; also at the end
-    cache_features: bool = False
+    features: Features = Features.COMPUTED
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -82,6 +83,6 @@ class TrainConfig:
 
     def as_json(self) -> dict[str, Any]:
         """Without the settings of another family, which change nothing."""
-        settings = asdict(self) | {"loss": str(self.loss)}
+        settings = asdict(self) | {"loss": str(self.loss), "features": str(self.features)}
         others = () if self.family == "eagle" else _EAGLE_SETTINGS
         return {name: value for name, value in settings.items() if name not in others}

@@ -29,7 +29,7 @@ from gorgon_engine.heads.medusa import MedusaHeads
 from gorgon_engine.models.config import BackboneConfig
 from gorgon_protocol.errors import DataError, TrainingError
 from gorgon_trainer.dataset import PackBatch, PackedDataset, collate
-from gorgon_trainer.feature_cache import CachedFeatures, ComputedFeatures, FeatureSource
+from gorgon_trainer.feature_cache import CachedFeatures, ComputedFeatures, Features, FeatureSource, RememberedFeatures
 from gorgon_trainer.features import Examples, examples
 from gorgon_trainer.files import written_whole
 from gorgon_trainer.heldout import HeldOut, held_out
@@ -292,8 +292,10 @@ class _Training:
         )
 
     def _feature_source(self, backbone: Backbone, shards: ShardSet) -> FeatureSource:
-        if not self._config.cache_features:
+        if self._config.features is Features.COMPUTED:
             return ComputedFeatures(backbone)
+        if self._config.features is Features.MEMORY:
+            return RememberedFeatures(backbone, self._dataset)
         key = f"{shards.index.fingerprint}/{backbone.kernels}/{self._config.seed}"
         cached = CachedFeatures(self._folder / "features", self._dataset, backbone, fingerprint=key)
         cached.fill(
