@@ -321,7 +321,7 @@ def _numbers(text: str) -> tuple[float, ...]:
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
-        raise click.BadParameter(f"numbers with commas between: got {text!r}", param_hint="list") from None
+        raise click.BadParameter(f"numbers with commas between: got {text!r}", param_hint="a list") from None
 
 
 def _options(quantization: str | None, dtype: str | None, device: str | None, kernels: str, threads: int | None) -> Any:
