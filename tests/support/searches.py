@@ -28,12 +28,14 @@ def nodes_of(tree: CandidateTree, row: int) -> dict[Tokens, float]:
     return found
 
 
-def assert_same_nodes(found: dict[Tokens, float], expected: dict[Tokens, float], *, tolerance: float = 1e-4) -> None:
+def assert_same_nodes(
+    found: dict[Tokens, float], expected: dict[Tokens, float], *, tolerance: float = 1e-4, absolute: float = 1e-4
+) -> None:
     """Equal but for rounding, which may change the places of paths that almost tie, the last one's as well."""
     values = list(expected.values())
-    assert list(found.values()) == pytest.approx(values, rel=tolerance, abs=tolerance)
+    assert list(found.values()) == pytest.approx(values, rel=tolerance, abs=absolute)
     for path, value in found.items():
-        assert value == pytest.approx(expected.get(path, values[-1]), rel=tolerance, abs=tolerance)
+        assert value == pytest.approx(expected.get(path, values[-1]), rel=tolerance, abs=absolute)
 
 
 def by_trying_all(following: Following, tokens: list[int], num_depths: int) -> dict[Tokens, float]:

@@ -184,7 +184,7 @@ def test_it_is_all_the_same_how_a_text_was_cut() -> None:
     assert starts == [10, 7, 4]
     again = ragged.propose(context_of(texts, slots), 30)
     for row in range(3):
-        assert_same_nodes(nodes_of(again, row), nodes_of(expected, row), tolerance=1e-5)
+        assert_same_nodes(nodes_of(again, row), nodes_of(expected, row), tolerance=1e-5, absolute=1e-5)
 
 
 def test_slots_that_change_hands_before_anything_was_drafted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,7 +204,7 @@ def test_slots_that_change_hands_before_anything_was_drafted(monkeypatch: pytest
             drafter.observe(committed([second], [1], [start], [1]))
         again = drafter.propose(context_of([second, other], [1, 2]), 30)
         for row in range(2):
-            assert_same_nodes(nodes_of(again, row), nodes_of(trees, row), tolerance=1e-5)
+            assert_same_nodes(nodes_of(again, row), nodes_of(trees, row), tolerance=1e-5, absolute=1e-5)
 
 
 @pytest.mark.parametrize("least", [0.0, 0.15])
@@ -216,9 +216,9 @@ def test_sequences_do_not_see_each_other(least: float) -> None:
     together = drafter.propose(context_of(texts, [0, 1, 2, 3]), 20)
     for row, text in enumerate(texts):
         alone = drafter.propose(context_of([text], [row]), 20)
-        assert_same_nodes(nodes_of(together, row), nodes_of(alone, 0), tolerance=1e-5)
+        assert_same_nodes(nodes_of(together, row), nodes_of(alone, 0), tolerance=1e-5, absolute=1e-5)
     moved = drafter.propose(context_of([texts[3], texts[0]], [3, 0]), 20)
-    assert_same_nodes(nodes_of(moved, 0), nodes_of(together, 3), tolerance=1e-5)
+    assert_same_nodes(nodes_of(moved, 0), nodes_of(together, 3), tolerance=1e-5, absolute=1e-5)
 
 
 def test_the_positions_asked_for_bound_what_is_looked_at() -> None:
@@ -231,7 +231,9 @@ def test_the_positions_asked_for_bound_what_is_looked_at() -> None:
     expected = nodes_of(drafter.propose(context, 20), 0)
     for width in (7, 8, POSITIONS, POSITIONS + 1):
         history = torch.nn.functional.pad(texts[0].tokens, (0, width - 7))[None]
-        assert_same_nodes(nodes_of(drafter.propose(replace(context, history=history), 20), 0), expected, tolerance=1e-5)
+        assert_same_nodes(
+            nodes_of(drafter.propose(replace(context, history=history), 20), 0), expected, tolerance=1e-5, absolute=1e-5
+        )
 
 
 def test_memories_are_their_own() -> None:

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import product
 from typing import Any
 
 import pytest
@@ -14,12 +13,11 @@ from gorgon_engine.drafters.beam import BeamLimits
 from gorgon_engine.drafters.hydra import HydraDrafter
 from gorgon_engine.heads.hydra import HydraHeads, HydraShape
 from gorgon_engine.tree.builders import RankPath, cartesian_paths
-from gorgon_engine.tree.candidates import CandidateTree
 from gorgon_protocol.errors import BadRequestError
+from support.searches import Tokens, assert_same_nodes, by_beam, by_trying_all, nodes_of
 
 HIDDEN, VOCAB, HEADS = 16, 5, 3
 EVERYTHING = BeamLimits(num_choices=VOCAB, width=VOCAB**HEADS)
-Tokens = tuple[int, ...]  # of a path, below the root
 
 SHAPES: list[dict[str, Any]] = [
     {"normalised": True},
@@ -98,50 +96,8 @@ def next_log_probs(setting: Setting, context: DraftContext, row: int) -> Callabl
     return following
 
 
-def nodes_of(tree: CandidateTree, row: int) -> dict[Tokens, float]:
-    """Path -> log-probability of the real nodes, in the tree's order. Checks that they are a tree, and its ranks."""
-    paths: list[Tokens] = []
-    found: dict[Tokens, float] = {}
-    columns = (tree.tokens[row].tolist(), tree.parents[row].tolist(), tree.log_probs[row].tolist())
-    for place, (token, parent, log_prob) in enumerate(zip(*columns, strict=True)):
-        assert -1 <= parent < place, "parents come first"
-        paths.append((*(paths[parent] if parent >= 0 else ()), token))
-        if log_prob > -torch.inf:
-            assert paths[-1] not in found, "no path is given twice"
-            assert parent < 0 or log_prob <= tree.log_probs[row, parent], "a child is never likelier than its parent"
-            found[paths[-1]] = log_prob
-    return found
-
-
 def assert_same(found: dict[Tokens, float], expected: dict[Tokens, float]) -> None:
-    """Equal but for rounding, which may change the places of paths that almost tie, the last one's as well."""
-    values = list(expected.values())
-    assert list(found.values()) == pytest.approx(values, rel=1e-4, abs=1e-5)
-    for path, value in found.items():
-        assert value == pytest.approx(expected.get(path, values[-1]), rel=1e-4, abs=1e-5)
-
-
-def by_trying_all(following: Callable[[Tokens], dict[int, float]], tokens: list[int]) -> dict[Tokens, float]:
-    """Every path of every length, best first."""
-    every = [path for depth in range(1, HEADS + 1) for path in product(tokens, repeat=depth)]
-    values = {path: sum(following(path[:depth])[path[depth]] for depth in range(len(path))) for path in every}
-    return dict(sorted(values.items(), key=lambda item: -item[1]))
-
-
-def by_beam(following: Callable[[Tokens], dict[int, float]], limits: BeamLimits, max_nodes: int) -> dict[Tokens, float]:
-    """What the limits leave of it: a plain loop over one sequence."""
-    found: dict[Tokens, float] = {}
-    beam: dict[Tokens, float] = {(): 0.0}
-    for _ in range(HEADS):
-        level: dict[Tokens, float] = {}
-        for path, value in beam.items():
-            choices = sorted(following(path).items(), key=lambda item: -item[1])[: limits.num_choices]
-            level |= {(*path, token): value + log_prob for token, log_prob in choices}
-        level = dict(sorted(level.items(), key=lambda item: -item[1])[:max_nodes])
-        found |= level
-        likely = {path: value for path, value in level.items() if value >= torch.tensor(limits.min_path_prob).log()}
-        beam = dict(list(likely.items())[: limits.width])
-    return dict(sorted(found.items(), key=lambda item: -item[1])[:max_nodes])
+    assert_same_nodes(found, expected, absolute=1e-5)
 
 
 @pytest.mark.parametrize("said", [None, [3, 4, 8, 11, 17]])
@@ -151,7 +107,7 @@ def test_a_wide_search_finds_the_best_of_all_paths(shape: dict[str, Any], said: 
     context = make_context(setting, batch=3)
     drafter = setting.drafter(limits=EVERYTHING)
     for row in range(3):
-        expected = by_trying_all(next_log_probs(setting, context, row), setting.tokens)
+        expected = by_trying_all(next_log_probs(setting, context, row), setting.tokens, HEADS)
         for max_nodes in (1, 7, 31, 127):
             tree = drafter.propose(context, max_nodes)
             assert tree.tokens.shape == (3, max_nodes)
@@ -175,7 +131,7 @@ def test_limits_leave_what_a_beam_search_finds(limits: BeamLimits) -> None:
     for max_nodes in (2, 12, 60):
         tree = setting.drafter(limits=limits).propose(context, max_nodes)
         for row in range(4):
-            assert_same(nodes_of(tree, row), by_beam(next_log_probs(setting, context, row), limits, max_nodes))
+            assert_same(nodes_of(tree, row), by_beam(next_log_probs(setting, context, row), limits, HEADS, max_nodes))
 
 
 def test_ranks_are_places_among_the_siblings() -> None:
