@@ -64,6 +64,31 @@ class EngineConfig:
                 raise BadRequestError(f"{name} must be between {low} and {high}: got {value}")
 
 
+@dataclass(frozen=True, slots=True)
+class LoadedParts:
+    """What an engine is made of, and what costs time and memory to load: several engines may share it."""
+
+    backbone: Backbone
+    tokenizer: Tokenizer
+    drafters: tuple[Drafter, ...]
+    notices: tuple[str, ...]
+
+
+def load_parts(config: EngineConfig) -> LoadedParts:
+    """Read the model, choose kernels, make drafters. Raises `GorgonError` subclasses."""
+    folder = resolve_model(config.model)
+    backbone, notices = load_backbone(folder, config.backbone)
+    drafters, more = make_drafters(
+        config.drafter,
+        config.heads,
+        backbone=backbone,
+        folder=folder,
+        tree=config.heads_tree,
+        draw=config.draw_drafts,
+    )
+    return LoadedParts(backbone, Tokenizer.from_folder(folder), tuple(drafters), (*notices, *more))
+
+
 class Engine:
     """One backbone, its cache and drafters, and the loop over them. Not thread-safe: one thread drives it."""
 
@@ -105,18 +130,14 @@ class Engine:
     @classmethod
     def load(cls, config: EngineConfig) -> "Engine":
         """Read the model, choose kernels, make drafters, measure the machine. Raises `GorgonError` subclasses."""
-        folder = resolve_model(config.model)
-        backbone, notices = load_backbone(folder, config.backbone)
-        drafters, more = make_drafters(
-            config.drafter,
-            config.heads,
-            backbone=backbone,
-            folder=folder,
-            tree=config.heads_tree,
-            draw=config.draw_drafts,
+        parts = load_parts(config)
+        return cls(
+            backbone=parts.backbone,
+            tokenizer=parts.tokenizer,
+            drafters=parts.drafters,
+            config=config,
+            notices=parts.notices,
         )
-        tokenizer = Tokenizer.from_folder(folder)
-        return cls(backbone=backbone, tokenizer=tokenizer, drafters=drafters, config=config, notices=notices + more)
 
     def request(
         self,

@@ -157,7 +157,7 @@ def run_preset(
             (out / "run" / checkpoint.name).rename(checkpoint)
     if not accelerator.is_main_process:
         return str(checkpoint)
-    _evaluate(preset, out, checkpoint, model, options, prompts, say)
+    _evaluate(preset, out, checkpoint, model, options, prompts, accelerator.device.type, say)
     if store is None:
         return str(checkpoint)
     say(f"publishing to {store}")
@@ -190,6 +190,7 @@ def _evaluate(
     model: str,
     options: BackboneOptions,
     prompts: Path | None,
+    device_type: str,
     say: Say,
 ) -> None:
     say("measuring tokens per step")
@@ -206,7 +207,7 @@ def _evaluate(
         out / "report",
         measurements=measurements,
         run=out / "run",
-        device="cuda" if make_accelerator(options.device).device.type == "cuda" else "cpu",
+        device=device_type,
         commands=(f"gorgon train --preset {preset.name} --out DIR",),
     )
     complete_checkpoint(checkpoint, inputs)

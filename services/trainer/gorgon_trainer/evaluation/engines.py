@@ -5,11 +5,8 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 from gorgon_engine.backbone.base import Backbone
-from gorgon_engine.backbone.select import load_backbone
 from gorgon_engine.drafters.base import Drafter
-from gorgon_engine.drafters.select import make_drafters
-from gorgon_engine.engine import Engine, EngineConfig
-from gorgon_engine.models.catalog import resolve_model
+from gorgon_engine.engine import Engine, EngineConfig, load_parts
 from gorgon_engine.tokenizer import Tokenizer
 from gorgon_protocol.errors import BadRequestError
 from gorgon_trainer.evaluation.measured import MeasureSettings
@@ -32,17 +29,8 @@ class EngineParts:
     @classmethod
     def load(cls, config: EngineConfig) -> Self:
         """As `Engine.load`, without the engine. Raises `GorgonError` subclasses."""
-        folder = resolve_model(config.model)
-        backbone, notices = load_backbone(folder, config.backbone)
-        drafters, more = make_drafters(
-            config.drafter,
-            config.heads,
-            backbone=backbone,
-            folder=folder,
-            tree=config.heads_tree,
-            draw=config.draw_drafts,
-        )
-        return cls(backbone, Tokenizer.from_folder(folder), tuple(drafters), config, (*notices, *more))
+        parts = load_parts(config)
+        return cls(parts.backbone, parts.tokenizer, parts.drafters, config, parts.notices)
 
     def only(self, *names: str) -> Self:
         """The same parts with the drafters of these names alone (`head`, `lookup`).
