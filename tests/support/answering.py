@@ -25,6 +25,7 @@ class Answerer:
         self._eos = backbone.config.eos_token_ids
         self._tokenizer = tokenizer
         self._config = config
+        self.num_answers = 0  # kept ones
         self.ends: list[tuple[str, int]] = []  # why each conversation ended, and how many turns were left
 
     def answer(self, prompt: Sequence[int], temperature: float, seed: int) -> list[int]:
@@ -54,7 +55,12 @@ class Answerer:
             if is_probe_topic(text):
                 self.ends.append(("speaks of the probe's topic", num_left))
                 return said
-            said.append(((*prompt, *answer), (0,) * len(prompt) + (1,) * len(answer)))
+            self.num_answers += 1
+            tokens, mask = (*prompt, *answer), (0,) * len(prompt) + (1,) * len(answer)
+            if said and tokens[: len(said[-1][0])] == said[-1][0]:  # one sequence, with the targets of both
+                earlier = said.pop()[1]
+                mask = (*earlier, *mask[len(earlier) :])
+            said.append((tokens, mask))
             history.append({"role": "assistant", "content": text or " "})
             if answer[-1] not in self._eos:
                 self.ends.append(("cut", num_left))

@@ -5,12 +5,14 @@ import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from gorgon_engine.backbone.base import Backbone
+from gorgon_engine.backbone.select import BackboneOptions, load_backbone
 from gorgon_engine.tokenizer import Tokenizer
 from gorgon_protocol.errors import BadRequestError, DataError
 from gorgon_trainer.data.records import ChatRecord, Message, Record, TextRecord, to_line
@@ -145,7 +147,7 @@ def test_every_answer_is_the_engines_own(
     assert ("cut", 1) in answerer.ends, "a conversation would have gone on"
     assert report.dropped == {reason: ends[reason] for reason in ends if reason not in ("done", "cut")}
     everything = [*expected["train"], *expected["heldout"]]
-    assert report.num_answers == len(everything) + ends["speaks of the probe's topic"]
+    assert report.num_answers == answerer.num_answers + ends["speaks of the probe's topic"]
     kept_tokens = sum(sum(mask) for _, mask in everything)
     assert kept_tokens < report.num_tokens <= kept_tokens + CONFIG.max_new_tokens * ends["speaks of the probe's topic"]
     assert (report.num_shards_written, report.num_shards_kept) == (4, 0)
@@ -166,6 +168,40 @@ def test_the_second_turn_follows_the_backbones_own_answer(
     assert max(text.count("<|im_start|>assistant") for text, _, _ in said) == CONFIG.max_turns
     assert not any("never asked for" in text for text, _, _ in said), "answers of a record are passed over"
     assert any("<|im_start|>system\na dog<|im_end|>" in text for text in seconds), "a system prompt stays"
+
+
+def test_a_conversation_whose_tokens_agree_is_one_sequence(smollm2: Path, tmp_path: Path) -> None:
+    """As real models' do: they end an answer with the very mark that the chat template puts behind it."""
+    backbone, _ = load_backbone(smollm2, BackboneOptions(device="cpu"))
+    chat = ChatRecord.of([user("Say hello in three words."), user("Now say goodbye in three words.")], "x")
+    data = write_data(tmp_path / "data", {"train": [chat], "heldout": [chat]})
+    tokenizer = Tokenizer.from_folder(smollm2)
+    report = run(
+        data, tmp_path / "shards", backbone, tokenizer,
+        num_passes=1, temperatures=(0.0,), max_new_tokens=200, context=512,
+    )  # fmt: skip
+    assert report.num_answers == 4
+    [(tokens, mask)] = spoken(tmp_path / "shards", "train")
+    starts = [place for place, (before, here) in enumerate(pairwise((0, *mask))) if here > before]
+    answers = [tokens[start : start + (*mask[start:], 0).index(0)] for start in starts]
+    assert len(answers) == 2
+    end = tokenizer.eos_token_id
+    assert all(answer[-1] == end and end not in answer[:-1] for answer in answers)
+
+
+def test_parts_make_the_shards_of_one_run(
+    undisturbed: tuple[Path, DistillReport], data: Path, backbone: Backbone, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    reports = [run(data, tmp_path / "shards", backbone, tokenizer, part=(number, 3)) for number in (2, 0, 1)]
+    assert contents(tmp_path / "shards") == contents(undisturbed[0])
+    assert sum(report.num_shards_written for report in reports) == undisturbed[1].num_shards_written
+    assert sum(report.num_tokens for report in reports) == undisturbed[1].num_tokens
+
+
+def test_a_missing_part_is_noticed(data: Path, backbone: Backbone, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    run(data, tmp_path / "shards", backbone, tokenizer, part=(0, 2))
+    with pytest.raises(DataError, match="shards are missing"):
+        ShardSet.open(tmp_path / "shards")
 
 
 def test_every_temperature_and_pass_is_answered() -> None:
@@ -335,6 +371,11 @@ def test_chats_need_a_chat_template(data: Path, talker: Path, backbone: Backbone
         ({"jobs_per_shard": -1}, "jobs_per_shard must be at least 1: got -1"),
         ({"temperatures": ()}, "temperatures must be a list of numbers from 0: got []"),
         ({"temperatures": (0.0, -0.1)}, "temperatures must be a list of numbers from 0: got [0.0, -0.1]"),
+        ({"part": (2, 2)}, "part 2 of 2 is not one of them: the first is 0 and the last 1"),
+        (
+            {"part": (0, 2), "max_seconds": 1.0},
+            "several parts need all of their shards: leave max_seconds out, or distil in one part",
+        ),
         ({"context": 12}, "context 12 leaves no room for a prompt beside 12 new tokens"),
     ],
 )

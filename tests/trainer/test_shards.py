@@ -281,3 +281,14 @@ def test_an_index_that_does_not_fit_is_named_by_field(folder: Path, field: str, 
 def test_an_index_that_is_no_json(folder: Path) -> None:
     (folder / INDEX_FILE).write_text('{"schema_version": 1,')
     assert "Invalid JSON" in refusal(folder)
+
+
+def test_a_sequence_that_goes_on_from_another_takes_its_targets() -> None:
+    first = TokenSequence.from_lists([5, 6, 7], [0, 1, 1])
+    second = TokenSequence.from_lists([5, 6, 7, 8, 9], [0, 0, 0, 0, 1])
+    assert second.goes_on_from(first)
+    assert not first.goes_on_from(second)
+    assert not TokenSequence.from_lists([5, 6, 8, 8], [0, 0, 0, 1]).goes_on_from(first)
+    joined = second.with_targets_of(first)
+    assert (joined.tokens.tolist(), joined.loss_mask.tolist()) == ([5, 6, 7, 8, 9], [0, 1, 1, 0, 1])
+    assert second.loss_mask.tolist() == [0, 0, 0, 0, 1], "the sequence itself is unchanged"

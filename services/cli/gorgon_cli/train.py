@@ -105,6 +105,8 @@ def backbone_options(command: F) -> F:
               help="Sequences decoded at once. Default: 8 on a CPU, 1024 on a GPU.")  # fmt: skip
 @click.option("--shard-size", type=click.IntRange(min=1), default=512, show_default=True, help="Conversations a shard.")
 @click.option("--max-seconds", type=float, metavar="S", help="Begin no shard after this time: fewer, all whole.")
+@click.option("--part", default="0/1", show_default=True, metavar="I/N",
+              help="Share the shards among N processes: this one is number I, from 0.")  # fmt: skip
 @click.option("--seed", type=int, default=0, show_default=True)
 @backbone_options
 def distill(
@@ -118,18 +120,23 @@ def distill(
     slots: int | None,
     shard_size: int,
     max_seconds: float | None,
+    part: str,
     seed: int,
     **backbone: Any,
 ) -> None:
-    """Have the backbone answer the prompts, into shards of tokens."""
+    """Have the backbone answer the prompts, into shards of tokens.
+
+    Several GPUs: a process each, all into one folder (`--part 0/2 --device cuda:0` and `--part 1/2 --device cuda:1`).
+    """
     import_engine()
     silence_libraries()
     from gorgon_trainer.distill import DistillConfig
     from gorgon_trainer.pipeline import distill_with
 
+    share, degrees = _part(part), _numbers(temperatures)
     loaded = _load(backbone)
     config = DistillConfig(
-        temperatures=_numbers(temperatures),
+        temperatures=degrees,
         num_passes=passes,
         max_new_tokens=max_new_tokens,
         context=context,
@@ -138,6 +145,7 @@ def distill(
         num_slots=slots or (1024 if loaded.device.type == "cuda" else 8),
         seed=seed,
         max_seconds=max_seconds,
+        part=share,
     )
     report = distill_with(records, out, loaded, model=backbone["model"], config=config)
     dropped = "".join(f", {count} dropped ({reason})" for reason, count in sorted(report.dropped.items()))
@@ -315,6 +323,13 @@ def evaluate(
                     f"tokens/step  {rest.mean_acceptance_length or 0:.3f} not looping "
                     f"({rest.num_answers} of {every.num_answers} answers)"
                 )
+
+
+def _part(text: str) -> tuple[int, int]:
+    number, slash, count = text.partition("/")
+    if not (slash and number.isdecimal() and count.isdecimal()):
+        raise click.BadParameter(f"I/N, such as 0/2: got {text!r}", param_hint="--part")
+    return int(number), int(count)
 
 
 def _numbers(text: str) -> tuple[float, ...]:

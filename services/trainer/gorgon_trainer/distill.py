@@ -41,6 +41,8 @@ class DistillConfig:
     seed: int = 0
     # Begin no shard after this time but the first of each split: the run is complete with fewer shards.
     max_seconds: float | None = None
+    # Which of how many processes this one is, each with a share of the shards: one a GPU.
+    part: tuple[int, int] = (0, 1)
 
     def __post_init__(self) -> None:
         for name in ("num_passes", "max_new_tokens", "max_turns", "jobs_per_shard", "num_slots"):
@@ -48,6 +50,11 @@ class DistillConfig:
                 raise DataError(f"{name} must be at least 1: got {getattr(self, name)}")
         if not self.temperatures or min(self.temperatures) < 0:
             raise DataError(f"temperatures must be a list of numbers from 0: got {list(self.temperatures)}")
+        number, count = self.part
+        if not 0 <= number < count:
+            raise DataError(f"part {number} of {count} is not one of them: the first is 0 and the last {count - 1}")
+        if count > 1 and self.max_seconds is not None:
+            raise DataError("several parts need all of their shards: leave max_seconds out, or distil in one part")
         if self.context <= self.max_new_tokens:
             raise DataError(
                 f"context {self.context} leaves no room for a prompt beside {self.max_new_tokens} new tokens"
@@ -56,7 +63,7 @@ class DistillConfig:
     def settings(self) -> dict[str, bool | int | float | str | None]:
         """What decides the content of the shards: a resumed run must have the same."""
         values = asdict(self)
-        for name in ("num_slots", "max_seconds"):
+        for name in ("num_slots", "max_seconds", "part"):
             del values[name]
         return values | {"temperatures": ",".join(map(str, self.temperatures))}
 
@@ -134,6 +141,7 @@ def distill(
         for split in SPLITS
         if number < _num_shards(records[split], config)
     ]
+    wanted = wanted[config.part[0] :: config.part[1]]
     missing = [(split, number) for split, number in wanted if number not in writer.finished(split)]
     total = sum(len(_jobs_of(records[split], number, config)) for split, number in missing)
     with tqdm(total=total, desc="distilling", unit="prompt", disable=None if progress else True) as bar:
@@ -234,7 +242,12 @@ class _Run:
             self._end(shard, bar)
             return
         mask = [0] * len(job.prompt) + [1] * len(answer.tokens)
-        job.sequences.append(TokenSequence.from_lists([*job.prompt, *answer.tokens], mask))
+        said = TokenSequence.from_lists([*job.prompt, *answer.tokens], mask)
+        # A conversation is one sequence while its tokens agree (an answer may be spelt otherwise when it is read back):
+        # what was said before need not be gone through again.
+        if job.sequences and said.goes_on_from(job.sequences[-1]):
+            said = said.with_targets_of(job.sequences.pop())
+        job.sequences.append(said)
         job.turn += 1
         job.history.append(Message(role="assistant", content=text or " "))
         if answer.tokens[-1] in self._eos:

@@ -88,6 +88,16 @@ class TokenSequence:
     def __len__(self) -> int:
         return self.tokens.numel()
 
+    def goes_on_from(self, other: Self) -> bool:
+        """Whether it begins with the other's tokens."""
+        return len(self) >= len(other) and torch.equal(self.tokens[: len(other)], other.tokens)
+
+    def with_targets_of(self, beginning: Self) -> Self:
+        """With the targets of a sequence that it goes on from beside its own."""
+        loss_mask = self.loss_mask.clone()
+        loss_mask[: len(beginning)] |= beginning.loss_mask
+        return type(self)(self.tokens, loss_mask)
+
 
 @dataclass(frozen=True, slots=True)
 class ShardInfo:
@@ -104,7 +114,7 @@ class ShardInfo:
 class ShardWriter:
     """Writes the shards of one run, each whole or not at all.
 
-    Several processes may write different numbers at once, after one of them has made the folder.
+    Several processes may write different numbers at once.
     """
 
     def __init__(self, folder: Path, index: ShardIndex) -> None:
@@ -121,8 +131,7 @@ class ShardWriter:
             elif any(_SHARD_FILE.fullmatch(path.name) for path in folder.iterdir()):
                 raise DataError(f"{folder}: holds shards without their shards.json: give another folder or empty it")
             else:
-                with written_whole(folder / INDEX_FILE) as file:
-                    file.write(index.model_dump_json(indent=2).encode() + b"\n")
+                _begin(folder, index)
         except OSError as error:
             raise DataError(f"{folder}: cannot be written: {error.strerror}") from error
 
@@ -201,6 +210,15 @@ class ShardSet:
             sizes = tensors["offsets"].diff().tolist()
             pairs = zip(tensors["tokens"].split(sizes), tensors["loss_mask"].split(sizes), strict=True)
             yield from (TokenSequence(tokens, loss_mask) for tokens, loss_mask in pairs)
+
+
+def _begin(folder: Path, index: ShardIndex) -> None:
+    """Write `shards.json`. Of several processes that begin together one may be in another's way: then it is there."""
+    try:
+        with written_whole(folder / INDEX_FILE) as file:
+            file.write(index.model_dump_json(indent=2).encode() + b"\n")
+    except FileNotFoundError:
+        _check_same_run(folder, ShardIndex.read(folder), index)
 
 
 def _shard_files(folder: Path, split: Split) -> list[tuple[Path, int]]:
