@@ -86,13 +86,20 @@ def frozen_of(backbone: Backbone, draft_vocabulary: Tensor | None = None) -> Fro
 
 
 def run_training(
-    shards: ShardSet, folder: Path, backbone: Backbone, config: TrainConfig = CONFIG, **changes: Any
+    shards: ShardSet,
+    folder: Path,
+    backbone: Backbone,
+    config: TrainConfig = CONFIG,
+    *,
+    initial: Path | None = None,
+    **changes: Any,
 ) -> TrainResult:
     return train(
         shards,
         folder,
         backbone=backbone,
         config=replace(config, **changes),
+        initial=initial,
         accelerator=Accelerator(cpu=True),
         progress=False,
     )

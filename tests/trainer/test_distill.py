@@ -226,6 +226,18 @@ def test_the_number_of_slots_changes_nothing(
     assert contents(tmp_path / "shards") == contents(undisturbed[0])
 
 
+def test_raw_texts_may_be_continued_for_less(
+    undisturbed: tuple[Path, DistillReport], data: Path, backbone: Backbone, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    run(data, tmp_path / "shards", backbone, tokenizer, max_text_tokens=5)
+    marks = tokenizer.encode_chat([{"role": "user", "content": ""}])[0]
+    whole, short = spoken(undisturbed[0], "train"), spoken(tmp_path / "shards", "train")
+    texts = [sum(mask) for tokens, mask in short if marks not in tokens]
+    assert texts
+    assert max(texts) == 5
+    assert [said for said in short if marks in said[0]] == [said for said in whole if marks in said[0]]
+
+
 def test_another_seed_says_something_else(
     undisturbed: tuple[Path, DistillReport], data: Path, backbone: Backbone, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
@@ -367,6 +379,7 @@ def test_chats_need_a_chat_template(data: Path, talker: Path, backbone: Backbone
     ("changes", "expected"),
     [
         ({"num_passes": 0}, "num_passes must be at least 1: got 0"),
+        ({"max_text_tokens": 0}, "max_text_tokens must be at least 1: got 0"),
         ({"num_slots": 0}, "num_slots must be at least 1: got 0"),
         ({"jobs_per_shard": -1}, "jobs_per_shard must be at least 1: got -1"),
         ({"temperatures": ()}, "temperatures must be a list of numbers from 0: got []"),

@@ -19,6 +19,7 @@ from gorgon_trainer.feature_cache import Features
 from gorgon_trainer.features import examples, hidden_states
 from gorgon_trainer.heldout import held_out
 from gorgon_trainer.objective import Loss
+from gorgon_trainer.package import CheckpointName, checkpoint_manifest, write_checkpoint
 from gorgon_trainer.run_log import HISTORY_FILE, read_history
 from gorgon_trainer.shards import ShardSet
 from gorgon_trainer.training import STATE_FILE
@@ -210,6 +211,27 @@ def test_the_seed_decides(cycles: ShardSet, small_backbone: Backbone, finished: 
     other = run_training(cycles, tmp_path / "other", small_backbone, seed=1)
     assert_same_weights(weights(first), weights(again))
     assert any(not torch.equal(tensor, weights(other)[name]) for name, tensor in weights(first).items())
+
+
+@pytest.mark.parametrize("changes", [{}, {"draft_vocab_size": len(CYCLE)}, EAGLE], ids=["hydra", "part", "eagle"])
+def test_a_run_may_begin_with_the_weights_of_another(
+    cycles: ShardSet, small_backbone: Backbone, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    first = run_training(cycles, tmp_path / "first", small_backbone, **changes)
+    config = replace(CONFIG, **changes)
+    manifest = checkpoint_manifest(first, cycles, config, CheckpointName("first", "1"), data="cycles")
+    write_checkpoint(first, manifest, tmp_path)
+    gentle = {"learning_rate": 1e-9, "max_steps": 1, **changes}
+    second = run_training(cycles, tmp_path / "second", small_backbone, initial=tmp_path / "first@1", **gentle)
+    for name, tensor in weights(first).items():
+        assert torch.equal(weights(second)[name].bfloat16(), tensor.bfloat16()), name
+    fresh = run_training(cycles, tmp_path / "fresh", small_backbone, **gentle)
+    assert any(
+        not torch.equal(weights(fresh)[name].bfloat16(), weights(first)[name].bfloat16()) for name in weights(first)
+    )
+    if first.draft_vocabulary is not None:
+        assert second.draft_vocabulary is not None
+        assert torch.equal(second.draft_vocabulary, first.draft_vocabulary)
 
 
 @pytest.mark.parametrize("kept", [Features.DISK, Features.MEMORY])

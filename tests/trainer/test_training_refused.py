@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from gorgon_engine.backbone.base import Backbone
-from gorgon_protocol.errors import DataError, TrainingError
+from gorgon_protocol.errors import DataError, HeadsError, TrainingError
 from gorgon_trainer.objective import Loss
+from gorgon_trainer.package import CheckpointName, checkpoint_manifest, write_checkpoint
 from gorgon_trainer.run_log import read_history
 from gorgon_trainer.shards import ShardSet, TokenSequence
 from gorgon_trainer.training import STATE_FILE
@@ -217,3 +218,37 @@ if CAN_MOUNT:
         message, state = printed.splitlines()
         assert message.startswith("disk/run/state.pt: cannot be written: ")
         assert state == "4"
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"family": "medusa"}, "the run cannot begin with these heads: family hydra, not medusa"),
+        ({"draft_vocab_size": 9}, "the run cannot begin with these heads: drafting vocabulary None, not 9"),
+        ({"num_blocks": 3}, "heads other@1 are of another shape than the run's: give the settings that they were"),
+    ],
+)
+def test_heads_that_a_run_cannot_begin_with(
+    cycles: ShardSet, small_backbone: Backbone, finished: Path, tmp_path: Path, changes: dict[str, Any], expected: str
+) -> None:
+    result = run_training(cycles, finished, small_backbone)
+    manifest = checkpoint_manifest(result, cycles, CONFIG, CheckpointName("other", "1"), data="cycles")
+    write_checkpoint(result, manifest, tmp_path)
+    message = refusal(TrainingError, cycles, tmp_path / "run", small_backbone, initial=tmp_path / "other@1", **changes)
+    assert expected in message
+
+
+def test_heads_that_are_not_there(cycles: ShardSet, small_backbone: Backbone, tmp_path: Path) -> None:
+    message = refusal(HeadsError, cycles, tmp_path / "run", small_backbone, initial=tmp_path / "none@1")
+    assert "none@1" in message
+
+
+def test_a_run_does_not_go_on_from_other_weights(
+    cycles: ShardSet, small_backbone: Backbone, finished: Path, tmp_path: Path
+) -> None:
+    result = run_training(cycles, finished, small_backbone)
+    manifest = checkpoint_manifest(result, cycles, CONFIG, CheckpointName("first", "1"), data="cycles")
+    write_checkpoint(result, manifest, tmp_path)
+    run_training(cycles, tmp_path / "run", small_backbone, max_steps=1, initial=tmp_path / "first@1")
+    message = refusal(TrainingError, cycles, tmp_path / "run", small_backbone, max_steps=1)
+    assert message.endswith("the run was begun with other weights: give the same --init, or another folder")

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from gorgon_trainer.data.sources import Source, SourceKind
 
 # Spelled out, as importing the trainer takes its time; a test holds them equal to the trainer's own.
-PACKAGED = ("sharegpt", "questions", "openings")
+PACKAGED = ("sharegpt", "questions", "openings", "statements")
 LANGUAGES = ("en", "any")
 _FILES = click.Path(path_type=Path)
 

@@ -34,6 +34,7 @@ class DistillConfig:
     temperatures: tuple[float, ...] = (0.0, 0.7, 0.7, 1.0)  # record i takes number (i + pass) modulo their count
     num_passes: int = 4
     max_new_tokens: int = 384
+    max_text_tokens: int | None = None  # of what follows a raw text, which soon strays; None = max_new_tokens
     context: int = 1024  # prompt and answer; a conversation ends where it would not fit
     max_turns: int = 2
     jobs_per_shard: int = 512
@@ -45,8 +46,8 @@ class DistillConfig:
     part: tuple[int, int] = (0, 1)
 
     def __post_init__(self) -> None:
-        for name in ("num_passes", "max_new_tokens", "max_turns", "jobs_per_shard", "num_slots"):
-            if getattr(self, name) < 1:
+        for name in ("num_passes", "max_new_tokens", "max_text_tokens", "max_turns", "jobs_per_shard", "num_slots"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise DataError(f"{name} must be at least 1: got {getattr(self, name)}")
         if not self.temperatures or min(self.temperatures) < 0:
             raise DataError(f"temperatures must be a list of numbers from 0: got {list(self.temperatures)}")
@@ -211,7 +212,10 @@ class _Run:
         job.prompt = prompt
         seed = _seed(job.seed, job.turn)
         key = (shard.split, shard.number, place)
-        self._generator.submit([BulkPrompt(key, prompt, job.temperature, seed, self._config.max_new_tokens)])
+        limit = self._config.max_new_tokens
+        if not isinstance(job.record, ChatRecord) and self._config.max_text_tokens is not None:
+            limit = min(limit, self._config.max_text_tokens)
+        self._generator.submit([BulkPrompt(key, prompt, job.temperature, seed, limit)])
 
     def _next_prompt(self, job: _Job) -> tuple[int, ...] | None:
         if isinstance(job.record, ChatRecord):

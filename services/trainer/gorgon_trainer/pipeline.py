@@ -78,13 +78,15 @@ def train_with(
     config: TrainConfig,
     name: str,
     version: str,
+    initial: Path | None = None,
     max_file_bytes: int | None = None,
     progress: bool = True,
 ) -> Path | None:
     """Train heads on shards and write their checkpoint `<out>/<name>@<version>`; return its folder.
 
-    A checkpoint that is there already is left as it is. None on all but the main process. Raises `TrainingError` where
-    the shards are of another backbone.
+    initial: a checkpoint whose weights the run begins with, instead of fresh ones. A finished checkpoint of the run's
+    own is left as it is. None on all but the main process. Raises `TrainingError` where the shards are of another
+    backbone.
     """
     accelerator = make_accelerator(options.device)
     checkpoint = out / CheckpointName(name, version).folder
@@ -101,7 +103,9 @@ def train_with(
     if accelerator.device.type == "cuda":
         options = replace(options, device=str(accelerator.device))
     backbone, _ = load_backbone(folder, options)
-    result = train(shards, out, backbone=backbone, config=config, accelerator=accelerator, progress=progress)
+    result = train(
+        shards, out, backbone=backbone, config=config, initial=initial, accelerator=accelerator, progress=progress
+    )
     if not accelerator.is_main_process:
         return None
     data = (

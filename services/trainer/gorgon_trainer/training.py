@@ -22,8 +22,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from gorgon_engine.backbone.base import Backbone
+from gorgon_engine.heads.checkpoint import LoadedHeads, read_heads
 from gorgon_engine.heads.eagle import EagleHead, EagleShape
-from gorgon_engine.heads.families import DraftHeads
+from gorgon_engine.heads.families import DraftHeads, family_fields
 from gorgon_engine.heads.hydra import HydraHeads, HydraShape
 from gorgon_engine.heads.medusa import MedusaHeads
 from gorgon_engine.models.config import BackboneConfig
@@ -42,6 +43,7 @@ from gorgon_trainer.vocabulary import draft_vocabulary, lm_head_weight
 
 STATE_FILE = "state.pt"
 _HELD_OUT_PACKS = 64
+_HOST_THREADS = 4  # beside a GPU
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,15 +81,22 @@ def train(
     backbone: Backbone,
     config: TrainConfig,
     accelerator: Accelerator,
+    initial: Path | None = None,
     progress: bool = True,
 ) -> TrainResult:
     """Train heads on the shards' answers; `folder` keeps the run's state, history and TensorBoard logs.
 
-    A run that was killed goes on where it last saved, and ends with the same weights as one that was not. Raises
-    `TrainingError` where the folder is of a run with other settings or data, or cannot be written; `DataError` for
-    shards without data.
+    initial: a checkpoint to begin with, of the same family, shape and drafting vocabulary size; its drafting vocabulary
+    stays. A run that was killed goes on where it last saved, and ends with the same weights as one that was not. Raises
+    `TrainingError` where the folder is of a run with other settings or data, or cannot be written, or where `initial`
+    is of other heads; `HeadsError` where that cannot be read; `DataError` for shards without data.
     """
-    return _Training(shards, folder, backbone, config, accelerator, progress=progress).run()
+    started = None if initial is None else _initial(initial, shards, config)
+    if backbone.device.type == "cuda":
+        # What is left to the host are small operations: on all cores of a large machine their threads wait for each
+        # other, at half of the speed.
+        torch.set_num_threads(min(torch.get_num_threads(), _HOST_THREADS))
+    return _Training(shards, folder, backbone, config, accelerator, started, progress=progress).run()
 
 
 class _Training:
@@ -98,6 +107,7 @@ class _Training:
         backbone: Backbone,
         config: TrainConfig,
         accelerator: Accelerator,
+        initial: LoadedHeads | None,
         *,
         progress: bool,
     ) -> None:
@@ -106,10 +116,14 @@ class _Training:
         self._backbone_config = backbone.config
         self._accelerator = accelerator
         self._show = progress and accelerator.is_main_process
-        self._fingerprint = {"config": config.as_json(), "shards": shards.index.fingerprint}
+        self._fingerprint: dict[str, Any] = {"config": config.as_json(), "shards": shards.index.fingerprint}
+        if initial is not None:
+            self._fingerprint["initial"] = {name: file.sha256 for name, file in initial.manifest.files.items()}
         torch.manual_seed(config.seed)
 
-        self._vocabulary = draft_vocabulary(shards, config.draft_vocab_size)
+        self._vocabulary = (
+            draft_vocabulary(shards, config.draft_vocab_size) if initial is None else initial.draft_vocabulary
+        )
         lm_head = lm_head_weight(backbone, self._vocabulary)
         self._frozen = FrozenBackbone(
             embed=backbone.embed,
@@ -134,7 +148,7 @@ class _Training:
         self._held_out_batches = [batch for batch in held_out_batches if batch.num_positions]
         if not self._held_out_batches:
             raise DataError(f"{shards.folder}: the held-out answers are too short for offsets {list(config.offsets)}")
-        heads = self._new_heads(backbone, lm_head)
+        heads = self._new_heads(backbone, lm_head, initial)
         objective = Objective(heads, self._frozen, config.objective)
         optimizer = torch.optim.AdamW(
             objective.parameters(),
@@ -304,8 +318,16 @@ class _Training:
         self._accelerator.wait_for_everyone()
         return cached
 
-    def _new_heads(self, backbone: Backbone, lm_head: Tensor) -> DraftHeads:
+    def _new_heads(self, backbone: Backbone, lm_head: Tensor, initial: LoadedHeads | None) -> DraftHeads:
         heads = _empty_heads(self._config, backbone.config, lm_head)
+        if initial is not None:
+            if family_fields(heads) != family_fields(initial.heads):
+                raise TrainingError(
+                    f"heads {initial.manifest.name}@{initial.manifest.version} are of another shape than the run's: "
+                    "give the settings that they were trained with, or begin with fresh ones"
+                )
+            heads.load_state_dict(initial.heads.state_dict())
+            return heads.to(backbone.device)
         rms = float(self._held_out_batches[0].hidden.float().square().mean().sqrt())
         if isinstance(heads, HydraHeads):
             heads.start_as_pass_through(hidden_rms=rms, lm_head=lm_head.cpu().float())
@@ -377,6 +399,19 @@ class _Training:
         torch.set_rng_state(state["random"].cpu())
 
 
+def _initial(folder: Path, shards: ShardSet, config: TrainConfig) -> LoadedHeads:
+    loaded = read_heads(folder)
+    manifest = loaded.manifest
+    for what, theirs, ours in (
+        ("family", manifest.family, config.family),
+        ("backbone", manifest.backbone.identity[:12], shards.index.backbone.identity[:12]),
+        ("drafting vocabulary", manifest.draft_vocab_size, config.draft_vocab_size),
+    ):
+        if theirs != ours:
+            raise TrainingError(f"{folder}: the run cannot begin with these heads: {what} {theirs}, not {ours}")
+    return loaded
+
+
 def _empty_heads(config: TrainConfig, backbone: BackboneConfig, lm_head: Tensor) -> DraftHeads:
     """Float32 heads on the CPU. lm_head: [V', C], the size of own projections, and what those of medusa heads are."""
     size = backbone.hidden_size
@@ -440,6 +475,8 @@ def _copy(heads: DraftHeads) -> dict[str, Tensor]:
 
 
 def _check_same_run(path: Path, was: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    if was.get("initial") != now.get("initial"):
+        raise TrainingError(f"{path}: the run was begun with other weights: give the same --init, or another folder")
     if was["shards"] != now["shards"]:
         raise TrainingError(f"{path}: the run was begun on other data: give another folder, or remove this one")
     for name, value in now["config"].items():

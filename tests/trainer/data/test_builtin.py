@@ -25,3 +25,8 @@ def test_every_prompt_is_kept_once(tmp_path: Path, name: str) -> None:
 def test_the_file_is_written_again_as_it_was(tmp_path: Path) -> None:
     first = fetch_data("questions", cache_dir=tmp_path).path.read_bytes()
     assert fetch_data("questions", cache_dir=tmp_path).path.read_bytes() == first
+
+
+def test_the_probes_country_is_in_no_statement() -> None:
+    texts = [passage for record in BUILTIN["statements"]() for passage in record.passages]
+    assert not any(word in text for text in texts for word in ("France", "French", "Paris", "capital"))

@@ -103,6 +103,17 @@ def test_figures_of_other_heads_are_refused(name: str) -> None:
         ReportInputs(title="x", offsets=(2, 3), **{name: getattr(inputs(), name)})
 
 
+def test_depths_that_are_not_trained_have_no_training_loss() -> None:
+    history = [HistoryRecord(10, 100, 1.5, (1.5,), held_out_losses=(1.6, 2.1)), HistoryRecord(20, 200, 1.25, (1.25,))]
+    files = render_report(ReportInputs(title="one layer", offsets=(2, 3), history=history))
+    text = files["report.md"].decode()
+    assert [line.split("|")[1:4] for line in text.splitlines() if line.startswith(("| 2 ", "| 3 "))] == [
+        [" 2 ", " 1.25 ", " 1.60 "],
+        [" 3 ", " - ", " 2.10 "],
+    ]
+    assert any(name.endswith(".png") for name in files)
+
+
 def test_records_of_a_training_run() -> None:
     record = {
         "step": 200,

@@ -39,6 +39,9 @@ class BackboneOptions:
 def load_backbone(folder: Path, options: BackboneOptions) -> tuple[Backbone, list[str]]:
     """The model of a folder, ready to run, and notices for the person who asked. Raises `GorgonError` subclasses."""
     device = _device(options.device)
+    if device.index is not None:
+        # Triton launches on the current device, wherever the tensors are.
+        torch.cuda.set_device(device)
     quantization = options.quantization or _best_quantization(folder, options.dtype, device)
     dtype = options.dtype or torch.bfloat16
     can_be_native = device.type == "cpu" and quantization is not Quantization.NF4
@@ -104,4 +107,8 @@ def _device(name: str | None) -> torch.device:
         raise BadRequestError(
             f"device {name!r} is not there: torch sees no CUDA GPU on this machine; leave --device out"
         )
-    return device
+    if device.type == "cuda" and device.index is not None and device.index >= torch.cuda.device_count():
+        raise BadRequestError(
+            f"device {name!r} is not there: torch sees {torch.cuda.device_count()} CUDA GPUs, the first is cuda:0"
+        )
+    return torch.device("cpu") if device.type == "cpu" else device

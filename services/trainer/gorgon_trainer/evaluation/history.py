@@ -14,7 +14,7 @@ class HistoryRecord:
     step: int  # optimizer steps so far
     num_positions: int  # trained on so far
     loss: float  # weighted sum of the heads' losses
-    head_losses: tuple[float, ...]
+    head_losses: tuple[float, ...]  # of the heads that are trained: one layer's later depths may not be
     learning_rate: float | None = None
     positions_per_second: float | None = None
     held_out_losses: tuple[float, ...] = ()

@@ -32,7 +32,8 @@ def loss_curves(history: Sequence[HistoryRecord], offsets: Sequence[int]) -> Fig
     held_out = [record for record in history if record.held_out_losses]
     unit, name = (1e6, "million") if history[-1].num_positions >= 1e6 else (1e3, "thousand")
     for number, (offset, color) in enumerate(zip(offsets, _head_colors(len(offsets)), strict=True)):
-        points = [(record.num_positions / unit, record.head_losses[number]) for record in history]
+        trained = [record for record in history if number < len(record.head_losses)]
+        points = [(record.num_positions / unit, record.head_losses[number]) for record in trained]
         axes.plot(*_columns(_thinned(points)), color=color, linewidth=1.6, label=f"offset {offset}")
         points = [(record.num_positions / unit, record.held_out_losses[number]) for record in held_out]
         axes.plot(*_columns(points), color=color, **_HELD_OUT)

@@ -32,13 +32,14 @@ class ReportInputs:
     commands: Sequence[str] = ()  # as typed, in order
 
     def __post_init__(self) -> None:
-        for name, values in (
-            ("accuracies", [self.accuracies] if self.accuracies else []),
-            ("history", [record.head_losses for record in self.history]),
-            ("history", [record.held_out_losses for record in self.history if record.held_out_losses]),
-        ):
-            if any(len(one) != len(self.offsets) for one in values):
-                raise BadRequestError(f"{self.title}: {name} is not of {len(self.offsets)} heads, one an offset")
+        count = len(self.offsets)
+        wrong = [
+            *(["accuracies"] if self.accuracies and len(self.accuracies) != count else []),
+            *("history" for record in self.history if not 1 <= len(record.head_losses) <= count),
+            *("history" for record in self.history if len(record.held_out_losses) not in (0, count)),
+        ]
+        if wrong:
+            raise BadRequestError(f"{self.title}: {wrong[0]} is not of {count} heads, one an offset")
 
     @property
     def predicted(self) -> dict[int, float]:
@@ -191,7 +192,8 @@ def _training_table(inputs: ReportInputs) -> str:
     rows: list[list[Cell]] = []
     for head, offset in enumerate(inputs.offsets):
         out = None if held_out is None else held_out.held_out_losses[head]
-        rows.append([offset, last.head_losses[head], out])
+        trained = last.head_losses[head] if head < len(last.head_losses) else None
+        rows.append([offset, trained, out])
     losses = table(["offset", "training loss", "held-out loss"], rows)
     speed = f", {last.positions_per_second:,.0f} positions/s" if last.positions_per_second else ""
     return f"{last.step:,} steps, {last.num_positions:,} positions{speed}.\n\n{losses}"
