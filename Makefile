@@ -1,11 +1,12 @@
 # Every target sets up what it needs; the first one takes a few minutes (environment, packages, the small model).
-.PHONY: help setup chat test test-full check format bench lock clean
+.PHONY: help setup up chat soak test test-full check format bench lock clean
 
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 help:
+	@echo "make up         serve the bundled model on this machine: page, WebSocket, REST and OpenAI API"
 	@echo "make chat       talk with the bundled model in the terminal"
 	@echo "make test       lint, types, contracts and every test (make test-full adds the long proofs)"
 	@echo "make bench      plain against speculative decoding on this machine"
@@ -19,6 +20,9 @@ $(READY): pyproject.toml constraints.txt scripts/setup.sh
 	scripts/setup.sh $(VENV)
 	@touch $@
 
+up: $(READY)
+	@$(BIN)/gorgon up
+
 chat: $(READY)
 	@$(BIN)/gorgon models fetch smollm2 > /dev/null
 	@$(BIN)/gorgon chat
@@ -30,12 +34,17 @@ check: $(READY)
 	$(BIN)/lint-imports
 
 test: check
+	scripts/test_packages.sh
 	$(BIN)/gorgon models fetch smollm2
 	$(BIN)/pytest -m "not full"
 
 test-full: check
+	scripts/test_packages.sh
 	$(BIN)/gorgon models fetch smollm2
 	$(BIN)/pytest
+
+soak: $(READY)
+	PYTHONPATH=tests $(BIN)/python benchmarks/serving/soak.py --seconds 600
 
 bench: $(READY)
 	$(BIN)/gorgon models fetch smollm2

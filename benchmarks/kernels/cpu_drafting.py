@@ -1,7 +1,7 @@
 """Time of what a step does around its forward pass on a CPU: drafting, merging and laying out, torch against C++.
 
-Cold: after a read of as much memory as a backbone of 135 M int8 weights. The search of Hydra heads in tensor operations
-has its matrices in the native kernels too.
+Cold: after a read of as much memory as a backbone of 135 M int8 weights. The searches of Hydra and EAGLE heads in
+tensor operations have their matrices in the native kernels too.
 
     python benchmarks/kernels/cpu_drafting.py
 
@@ -17,15 +17,18 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
-from gorgon_engine.drafters.base import DraftContext
+from gorgon_engine.drafters.base import Committed, DraftContext
 from gorgon_engine.drafters.beam import BeamLimits
+from gorgon_engine.drafters.eagle import EagleDrafter
 from gorgon_engine.drafters.hydra import HydraDrafter
 from gorgon_engine.drafters.ngram import NgramDrafter
+from gorgon_engine.heads.eagle import EagleHead, EagleShape
 from gorgon_engine.heads.hydra import HydraHeads, HydraShape
-from gorgon_engine.heads.native import PackedHydraHeads
+from gorgon_engine.heads.native import PackedEagleHead, PackedHydraHeads
 from gorgon_engine.kernels.cpu import PackedLinear, load_library
 from gorgon_engine.kernels.cpu.drafting import top_log_probs
 from gorgon_engine.kernels.cpu.hydra import NativeHydra
@@ -141,6 +144,62 @@ def hydra_cases() -> list[Case]:
     ]
 
 
+def eagle_cases() -> list[Case]:
+    """As `hydra_cases`, behind a text of 300 tokens."""
+    length, vocabulary = 300, torch.arange(0, 49152, 3)
+    embeddings = torch.randn(49152, 576).bfloat16()
+    projection = PackedLinear.pack(torch.randn(vocabulary.numel(), 576) * 0.1, None, "int8")
+    hidden, tokens = torch.randn(1, length, 576), torch.randint(49152, (1, length + 1))
+    slots, cases = torch.tensor([0]), []
+
+    def committed(start: int, count: int) -> Committed:
+        stop = start + count
+        return Committed(
+            slots, torch.tensor([start]), hidden[:, start:stop], tokens[:, start + 1 : stop + 1], torch.tensor([count])
+        )
+
+    def remember(drafter: EagleDrafter, rows: Committed) -> None:
+        """What waits for the next draft, at once."""
+        assert drafter._memory is not None
+        drafter.observe(rows)
+        drafter._remember(drafter._memory)
+
+    for depths in (3, 5):
+        shape = EagleShape(576, 9, 3, 64, 1536, num_heads=depths)
+        head = EagleHead(shape).requires_grad_(False)
+        head.start_as_pass_through()
+        packed = PackedEagleHead(head, "int8")
+        native = packed.in_one_call(embeddings=embeddings, projection=projection, draft_vocabulary=vocabulary)
+        context = DraftContext(
+            root_tokens=tokens[:, -1],
+            hidden=hidden[:, -1],
+            history=tokens,
+            history_lengths=torch.tensor([length + 1]),
+            seeds=slots,
+            slots=slots,
+        )
+        searches = []
+        for searched in (None, native):
+            drafter = EagleDrafter(
+                packed,
+                embed=lambda tokens: embeddings[tokens].float(),
+                project=projection,
+                draft_vocabulary=vocabulary,
+                limits=BeamLimits(num_choices=6, width=4),
+                native=searched,
+            ).for_slots(1, 1024)
+            remember(drafter, committed(0, length))
+            searches.append(drafter)
+        for cold in (False, True):
+            state = "cold" if cold else "hot"
+            proposals = (partial(drafter.propose, context, NUM_CANDIDATES) for drafter in searches)
+            cases.append(Case(f"eagle, {depths} depths of 4, {state}", next(proposals), next(proposals), cold))
+            if depths == 3:
+                last = (partial(remember, drafter, committed(length - 3, 3)) for drafter in searches)
+                cases.append(Case(f"eagle, 3 rows remembered, {state}", next(last), next(last), cold))
+    return cases
+
+
 def microseconds(function: Callable[[], object]) -> float:
     start = time.perf_counter()
     function()
@@ -162,7 +221,7 @@ def main() -> None:
     print(f"instruction set {library.instruction_set}, {library.num_threads} threads, load {os.getloadavg()[0]:.1f}")
 
     cases = [top_case(rows, vocab, options.k) for vocab in (16384, 49152, 128256) for rows in (1, 4)]
-    cases += [*(lookup_case(length) for length in (1000, 8000)), *tree_cases(), *hydra_cases()]
+    cases += [*(lookup_case(length) for length in (1000, 8000)), *tree_cases(), *hydra_cases(), *eagle_cases()]
     elsewhere = torch.ones(COLD_BYTES // 4)
     samples: dict[tuple[str, str], list[float]] = {}
     for round_index in range(options.rounds + 5):

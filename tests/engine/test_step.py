@@ -15,10 +15,11 @@ from gorgon_engine.batch import RunningBatch
 from gorgon_engine.drafters.base import Drafter
 from gorgon_engine.kv_cache import KVCache
 from gorgon_engine.models.loading import Quantization
-from gorgon_engine.sampling import SamplingBatch, SamplingParams, TokenCounts
+from gorgon_engine.sampling import SamplingParams
 from gorgon_engine.step import SpeculativeStep, StepResult, Wanted
 from support.drafters import OracleDrafter, RandomDrafter, WrongDrafter
 from support.models import VOCAB, tiny_llama
+from support.steps import prefill as run_prompt
 
 CPU = torch.device("cpu")
 SAMPLINGS = {
@@ -65,13 +66,7 @@ def make_step(backbone: Backbone, drafters: list[Drafter], *, slots: int = 4, ma
 
 
 def prefill(step: SpeculativeStep, prompt: list[int], sampling: SamplingParams, *, chunk: int = 7) -> StepResult:
-    counts = None
-    if sampling.penalised:
-        counts = TokenCounts(torch.zeros(1, VOCAB, dtype=torch.bool), torch.zeros(1, VOCAB, dtype=torch.int32))
-        counts.in_prompt[0, prompt] = True
-    rows = SamplingBatch.of([sampling], vocab_size=VOCAB, device=CPU)
-    wanted = Wanted(draft=bool(step.drafters))
-    return step.prefill(step.cache.acquire(), prompt, rows, counts, chunk_size=chunk, wanted=wanted, check=lambda: None)
+    return run_prompt(step, prompt, sampling, chunk=chunk, wanted=Wanted(draft=bool(step.drafters)))
 
 
 def decode(

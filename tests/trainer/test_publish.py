@@ -16,10 +16,17 @@ from fsspec import AbstractFileSystem
 
 from gorgon_engine.heads.checkpoint import read_manifest, resolve_heads, save_heads, verify_heads
 from gorgon_engine.heads.medusa import MedusaHeads
+from gorgon_engine.heads.store import (
+    backbone_folder,
+    bundled_store,
+    fetch_remote,
+    list_versions,
+    local_heads,
+    next_version,
+)
 from gorgon_protocol.errors import HeadsError
 from gorgon_protocol.manifest import BackboneReference, HeadsManifest
 from gorgon_trainer.publish import publish
-from gorgon_trainer.store import backbone_folder, bundled_store, fetch_remote, list_versions, local_heads, next_version
 
 HIDDEN = 16
 

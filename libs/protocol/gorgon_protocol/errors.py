@@ -11,6 +11,8 @@
     ├── QueueFullError           the engine's queue is full for now
     ├── UnavailableError         loading, draining, or no engine left
     ├── DeadlineError            waited or ran longer than was allowed
+    ├── SlowReaderError          a stream's reader stood still for too long
+    ├── BusyError                a WebSocket runs one generation at a time
     ├── ModelError               a backbone cannot be found, read or used
     │   └── ModelNotFoundError
     ├── HeadsError               draft heads cannot be read or do not fit the backbone
@@ -86,6 +88,16 @@ class UnavailableError(_RetryError):
 class DeadlineError(GorgonError):
     code = "timeout"
     http_status = 504
+
+
+class SlowReaderError(GorgonError):
+    code = "slow_reader"
+    http_status = 408
+
+
+class BusyError(GorgonError):
+    code = "busy"
+    http_status = 409
 
 
 class ModelError(GorgonError):

@@ -11,9 +11,9 @@ import click
 from gorgon_cli.loading import import_engine
 
 if TYPE_CHECKING:
+    from gorgon_engine.heads.store import PublishedHeads
     from gorgon_protocol.manifest import HeadsManifest
     from gorgon_trainer.interop.foreign import Backbone
-    from gorgon_trainer.store import PublishedHeads
 
 # Spelled out, as torch takes a second that `--help` need not wait for; a test holds them equal to the converters' own.
 IMPORT_FORMATS = ("auto", "medusa", "vllm-medusa", "hydra")
@@ -37,7 +37,7 @@ def list_heads(store: str | None, as_json: bool) -> None:
     """List the heads in STORE, a folder or URL. Default: the store in the cache, and the heads that come along."""
     import_engine()
     from gorgon_engine.cache import cache_dir
-    from gorgon_trainer.store import bundled_store, list_versions
+    from gorgon_engine.heads.store import bundled_store, list_versions
 
     if store is not None:
         places = [store]
@@ -61,7 +61,7 @@ def show(place: str, as_json: bool) -> None:
     """Show what a checkpoint is: a folder, a backbone's folder in a store, or a URL of either."""
     import_engine()
     from gorgon_engine.heads.checkpoint import read_manifest
-    from gorgon_trainer.store import local_heads
+    from gorgon_engine.heads.store import local_heads
 
     manifest = read_manifest(local_heads(place))
     if as_json:
@@ -80,7 +80,7 @@ def verify(place: str, model: str | None) -> None:
     import torch
 
     from gorgon_engine.heads.checkpoint import load_heads, verify_heads
-    from gorgon_trainer.store import local_heads
+    from gorgon_engine.heads.store import local_heads
 
     folder = local_heads(place)
     manifest = verify_heads(folder)
@@ -141,9 +141,9 @@ def import_heads(
 ) -> None:
     """Make a checkpoint OUT of the heads that another project's folder SOURCE holds."""
     import_engine()
+    from gorgon_engine.heads.store import backbone_folder
     from gorgon_trainer.interop.convert import ImportFormat
     from gorgon_trainer.interop.convert import import_heads as convert
-    from gorgon_trainer.store import backbone_folder
 
     result = convert(
         source,
@@ -167,9 +167,9 @@ def import_heads(
 def export_heads(checkpoint: str, out: Path, format_name: str, model: str | None) -> None:
     """Write the heads of a checkpoint as OUT, a folder for other projects."""
     import_engine()
+    from gorgon_engine.heads.store import local_heads
     from gorgon_trainer.interop.convert import ExportFormat
     from gorgon_trainer.interop.convert import export_heads as convert
-    from gorgon_trainer.store import local_heads
 
     backbone = None if model is None else _backbone(model)
     _echo_notices(convert(local_heads(checkpoint), out, format=ExportFormat(format_name), backbone=backbone))

@@ -1,12 +1,13 @@
 """The engine of a command: imported, told its threads, loaded."""
 
 import signal
-import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import click
+
+from gorgon_engine.runtime import set_threads, silence_libraries
 
 if TYPE_CHECKING:
     from gorgon_cli.options import EngineArguments
@@ -48,33 +49,3 @@ def load_engine(arguments: "EngineArguments", *, num_slots: int = 1) -> "Engine"
     for notice in engine.notices:
         click.echo(f"gorgon: {notice}", err=True)
     return engine
-
-
-def silence_libraries() -> None:
-    """Only our own words reach the user: no progress bars, hints and warnings of the libraries below."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", module=r"(torch|transformers|bitsandbytes|accelerate|tensorboard)\b")
-
-
-def set_threads(device: str | None, *, native: bool, threads: int | None) -> None:
-    """Before loading: the engine measures itself there, and must do so on the threads that will serve.
-
-    native: whether the project's own CPU kernels may serve.
-    """
-    import torch
-
-    from gorgon_engine.kernels.cpu import NativeKernelsUnavailable, set_num_threads
-
-    on_cpu = device is not None or not torch.cuda.is_available()
-    if native and on_cpu:
-        # The native kernels have threads of their own; what is left to torch is too small to share, and its waiting
-        # threads would take the kernels' cores: half of the speed.
-        torch.set_num_threads(1)
-        if threads is not None:
-            with suppress(NativeKernelsUnavailable):  # loading says what serves instead
-                set_num_threads(threads)
-    elif threads is not None:
-        torch.set_num_threads(threads)

@@ -12,6 +12,7 @@ from gorgon_protocol.errors import GorgonError
 # Command -> module:attribute and a line of help. Imported when the command runs: torch takes a second that `--help`
 # need not wait for.
 _COMMANDS = {
+    "up": ("gorgon_cli.up:up", "Serve the model: page, REST, WebSocket and OpenAI API."),
     "generate": ("gorgon_cli.generate:generate", "Generate one answer."),
     "chat": ("gorgon_cli.chat:chat", "Talk with the model in the terminal."),
     "models": ("gorgon_cli.models:models", "Fetch and list the models that come by package."),

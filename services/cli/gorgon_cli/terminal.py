@@ -13,7 +13,7 @@ from typing import IO, Any
 import click
 
 from gorgon_engine.engine import Engine
-from gorgon_engine.events import Event, FinishedEvent, TokenEvent
+from gorgon_engine.events import FinishedEvent, TokenEvent
 from gorgon_engine.sequence import FinishReason, Request
 
 # Accepted drafts are green and underlined: visible in colour and without it.
@@ -80,7 +80,7 @@ def _cancel_on_interrupt(engine: Engine, request: Request) -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _take(event: Event, generation: Generation) -> None:
+def _take(event: TokenEvent | FinishedEvent, generation: Generation) -> None:
     if isinstance(event, FinishedEvent):
         generation.finished = event
     else:
@@ -89,7 +89,7 @@ def _take(event: Event, generation: Generation) -> None:
     generation.text += event.text
 
 
-def _show(event: Event) -> None:
+def _show(event: TokenEvent | FinishedEvent) -> None:
     pieces, num_drafts = ([event.text], 0) if isinstance(event, FinishedEvent) else (event.pieces, event.num_accepted)
     if is_terminal(sys.stdout):
         pieces = [printable(piece) for piece in pieces]

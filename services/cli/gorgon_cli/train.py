@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 
-from gorgon_cli.loading import import_engine, set_threads, silence_libraries
+from gorgon_cli.loading import import_engine
 from gorgon_cli.options import DTYPES, KERNELS, QUANTIZATIONS
 from gorgon_cli.train_data import data
+from gorgon_engine.runtime import set_threads, silence_libraries
 
 if TYPE_CHECKING:
     from gorgon_engine.backbone.base import Backbone
@@ -99,6 +100,8 @@ def backbone_options(command: F) -> F:
 @click.option("--temperatures", default="0,0.7,0.7,1", show_default=True, help="Taken in turn, record by record.")
 @click.option("--passes", type=click.IntRange(min=1), default=4, show_default=True, help="Answers to every record.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=384, show_default=True, help="Of an answer.")
+@click.option("--max-text-tokens", type=click.IntRange(min=1), metavar="N",
+              help="Of what follows a raw text, which soon strays. Default: as --max-new-tokens.")  # fmt: skip
 @click.option("--context", type=click.IntRange(min=2), default=1024, show_default=True, help="Prompt and answer.")
 @click.option("--max-turns", type=click.IntRange(min=1), default=2, show_default=True, help="Of a conversation.")
 @click.option("--slots", type=click.IntRange(min=1), metavar="N",
@@ -115,6 +118,7 @@ def distill(
     temperatures: str,
     passes: int,
     max_new_tokens: int,
+    max_text_tokens: int | None,
     context: int,
     max_turns: int,
     slots: int | None,
@@ -139,6 +143,7 @@ def distill(
         temperatures=degrees,
         num_passes=passes,
         max_new_tokens=max_new_tokens,
+        max_text_tokens=max_text_tokens,
         context=context,
         max_turns=max_turns,
         jobs_per_shard=shard_size,
@@ -162,6 +167,8 @@ def distill(
 @click.option("--out", type=_FOLDER, required=True, metavar="DIR", help="State, history and TensorBoard logs.")
 @click.option("--name", default="heads", show_default=True, help="Of the checkpoint.")
 @click.option("--version", "version_name", default="1", show_default=True, help="Of the checkpoint.")
+@click.option("--init", "initial", type=_FOLDER, metavar="DIR",
+              help="Begin with the weights of a checkpoint of the same family and shape, not fresh ones.")  # fmt: skip
 @click.option("--family", type=click.Choice(FAMILIES), default="hydra", show_default=True)
 @click.option("--num-heads", type=click.IntRange(min=1), default=4, show_default=True,
               help="Of the eagle family: depths that its one layer drafts.")  # fmt: skip
@@ -199,6 +206,7 @@ def heads(
     out: Path,
     name: str,
     version_name: str,
+    initial: Path | None,
     family: Literal["medusa", "hydra", "eagle"],
     num_blocks: int | None,
     loss: str | None,
@@ -242,6 +250,7 @@ def heads(
         config=config,
         name=name,
         version=version_name,
+        initial=initial,
         max_file_bytes=max_file_bytes,
     )
     if outcome is not None:  # not the main process

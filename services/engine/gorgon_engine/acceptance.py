@@ -70,14 +70,11 @@ def accept(
     active = torch.ones(batch, dtype=torch.bool, device=device)
     num_committed = torch.zeros(batch, dtype=torch.int64, device=device)
     valid, index = tree.valid, torch.arange(num_nodes, device=device)
+    walks = _Walks(tree, logits, positions, sampling, counts, rule)
     path, tokens = [], []
     for depth in range(min(max_depth + 1, num_nodes)):
-        target = process_logits(logits[torch.arange(batch, device=device), node], sampling, counts)  # [B, V]
         is_child = (tree.parents == node[:, None]) & valid  # [B, N]
-        if rule is AcceptanceRule.LOSSLESS:
-            token = sample(target, sampling, positions + depth + 1)
-        else:
-            token = _reject_children(tree, target, is_child, node, sampling, positions + depth + 1)
+        token = walks.next_tokens(depth, node, is_child, active)
         if counts is not None:
             counts.add(token, active)
         path.append(node)
@@ -87,10 +84,39 @@ def accept(
         active = active & hit.any(dim=1)
         # A finished walk points at the last row: in range, not before its depth, and never read again.
         node = torch.where(active, torch.where(hit, index, num_nodes - 1).amin(dim=1), num_nodes - 1)
-        # On a CPU the flag is at hand, so the rest of the walk can be skipped; a GPU would have to wait for it.
         if device.type == "cpu" and not bool(active.any()):
             break
     return Acceptance(path=torch.stack(path, dim=1), tokens=torch.stack(tokens, dim=1), num_committed=num_committed)
+
+
+@dataclass(frozen=True, slots=True)
+class _Walks:
+    """What decides where the walks down B trees go on."""
+
+    tree: TreeBatch
+    logits: Tensor  # [B, N, V]
+    positions: Tensor  # [B] of the roots
+    sampling: SamplingBatch
+    counts: TokenCounts | None
+    rule: AcceptanceRule
+
+    def next_tokens(self, depth: int, node: Tensor, is_child: Tensor, active: Tensor) -> Tensor:
+        """What follows `node` [B], at `depth`, in the trees whose walk is `active` [B] bool: tokens [B]."""
+        batch, positions = node.shape[0], self.positions + depth + 1
+        rows = torch.arange(batch, device=node.device)
+        if self.rule is not AcceptanceRule.LOSSLESS:
+            target = process_logits(self.logits[rows, node], self.sampling, self.counts)
+            return _reject_children(self.tree, target, is_child, node, self.sampling, positions)
+        # On a CPU, where the flags are at hand, only the walks that go on are looked at; a GPU would have to wait.
+        if depth > 0 and node.device.type == "cpu":
+            some = active.nonzero()[:, 0]
+            if some.numel() < batch:
+                counts = None if self.counts is None else self.counts.select(some)
+                sampling = self.sampling.select(some)
+                target = process_logits(self.logits[some, node[some]], sampling, counts)
+                return torch.zeros_like(node).index_copy_(0, some, sample(target, sampling, positions[some]))
+        logits = self.logits[:, 0] if self.logits.shape[1] == 1 else self.logits[rows, node]  # no copy in a plain step
+        return sample(process_logits(logits, self.sampling, self.counts), self.sampling, positions)
 
 
 def _reject_children(

@@ -39,7 +39,7 @@ class RunningBatch:
             root_tokens=self.root_tokens[index],
             hidden=self.hidden[index],
             sampling=self._sampling(params),
-            counts=_map(self.counts, lambda t: t[index]),
+            counts=_map(self.counts, lambda t: t[index]) if any(p.penalised for p in params) else None,
             candidates=_map(self.candidates, lambda t: t[index]),
         )
 
@@ -51,9 +51,17 @@ class RunningBatch:
             root_tokens=torch.cat([self.root_tokens, other.root_tokens]),
             hidden=torch.cat([self.hidden, other.hidden]),
             sampling=self._sampling(params),
-            counts=_concatenate(self.counts, other.counts),
+            counts=self._joined_counts(other),
             candidates=self._joined_candidates(other),
         )
+
+    def _joined_counts(self, other: "RunningBatch") -> TokenCounts | None:
+        if self.counts is None and other.counts is None:
+            return None
+        # Nothing is ever read of the counts of a sequence without penalties.
+        ours = self.counts or TokenCounts.empty(self.root_tokens, self.sampling.vocab_size)
+        theirs = other.counts or TokenCounts.empty(other.root_tokens, self.sampling.vocab_size)
+        return _concatenate(ours, theirs)
 
     def _joined_candidates(self, other: "RunningBatch") -> MergedCandidates | None:
         ours, theirs = self.candidates, other.candidates

@@ -1,17 +1,35 @@
-"""The budget of a step: how many nodes each sequence verifies, and whether costly drafters are worth their time."""
+"""The budget of a step: how many nodes each sequence verifies, whether costly drafters are worth their time, and how
+much of a prompt may run beside the streams."""
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
 from gorgon_engine.sequence import Sequence
 from gorgon_engine.step import StepResult
-from gorgon_engine.tree.cost_model import CostModel
+from gorgon_engine.tree.cost_model import CostModel, Curve
 
 # Weight of one step in the running comparison of promised and real acceptance, and how fast a verdict fades while the
 # engine decodes plainly and learns nothing new.
 _LEARNING_RATE = 0.05
 _FADING_RATE = 0.01
 _TRUST_LIMITS = (0.05, 2.0)
+
+# Positions of a prompt that run beside streams: at least, and where nothing was measured.
+_LEAST_PREFILL_ROWS = 16
+_UNMEASURED_PREFILL_ROWS = 64
+
+_LEAST_TRIAL_STEPS = 4
+
+
+@dataclass(slots=True)
+class _Trial:
+    """How drafting does at one size of batch."""
+
+    steps_left: int = 0  # of the trial, or of the pause
+    paused: bool = True
+    pause: int = 0  # length of the last one
+    tokens: float = 0.0
+    plain: float = 0.0  # tokens that plain decoding would have given in that time
 
 
 @dataclass(slots=True)
@@ -20,47 +38,64 @@ class CostlyDrafting:
 
     They run in trials of some steps. A trial that brought fewer tokens a second than plain decoding would have is
     followed by a pause, twice as long each time in a row, so that text which they cannot guess costs next to nothing.
+    What pays for one stream may not pay for sixteen: batches of 1, 2-3, 4-7, ... sequences are judged apart, and the
+    more there are, the fewer steps tell.
     """
 
-    seconds: float  # of one draft, as calibrated; then as observed
-    trial_steps: int = 24
+    seconds: float  # of one sequence's draft, as calibrated
+    seconds_each: float = 0.0  # what each further sequence adds
+    trial_steps: int = 24  # of one sequence
     first_pause: int = 48
     longest_pause: int = 768
-    _steps_left: int = field(default=0)
-    _paused: bool = field(default=True)
-    _pause: int = field(default=0)
-    _tokens: float = field(default=0.0)
-    _spent: float = field(default=0.0)  # seconds of the trial, by the cost model
-    _plain: float = field(default=0.0)  # tokens that plain decoding would have given in that time
+    _scale: float = field(default=1.0)  # observed over calibrated seconds
+    _ran: bool = field(default=False)  # in the step before: what this step verifies is theirs
+    _trials: dict[int, _Trial] = field(default_factory=dict)  # by the bits of the number of sequences
 
-    @property
-    def wanted(self) -> bool:
-        """Whether they should run in the step at hand."""
-        return not self._paused or self._steps_left == 0
+    def wanted(self, batch: int) -> bool:
+        """Whether they should run at the end of a step of so many sequences."""
+        trial = self._trial(batch)
+        return not trial.paused or trial.steps_left == 0
 
-    def observe(self, *, ran: bool, num_tokens: int, seconds: float, plain_rate: float, draft_seconds: float) -> None:
-        """Count one step. seconds: of the step without its draft; plain_rate: tokens a second without speculation;
-        draft_seconds: as measured, 0 where measuring would mean waiting for the device."""
+    def draft_seconds(self, batch: int) -> float:
+        """What they cost at the end of a step."""
+        return self._scale * (self.seconds + (batch - 1) * self.seconds_each)
+
+    def observe(
+        self, *, batch: int, ran: bool, num_tokens: int, seconds: float, plain_rate: float, draft_seconds: float
+    ) -> None:
+        """Count one step. ran: at its end. seconds: of the step without drafts; plain_rate: tokens a second without
+        speculation; draft_seconds: as measured, 0 where measuring would mean waiting for the device."""
+        trial, verified = self._trial(batch), self._ran
+        self._ran = ran
         if not ran:
-            self._steps_left = max(self._steps_left - 1, 0)
+            trial.steps_left = max(trial.steps_left - 1, 0)
             return
-        if self._paused:  # the pause is over
-            self._paused, self._steps_left = False, self.trial_steps
-            self._tokens = self._plain = 0.0
+        if trial.paused:  # the pause is over
+            trial.paused = False
+            self._begin(trial, batch)
         if draft_seconds > 0.0:
-            self.seconds += _LEARNING_RATE * (draft_seconds - self.seconds)
-        self._tokens += num_tokens
-        self._plain += plain_rate * (seconds + self.seconds)
-        self._steps_left -= 1
-        if self._steps_left > 0:
+            observed = draft_seconds / max(self.seconds + (batch - 1) * self.seconds_each, 1e-9)
+            self._scale += _LEARNING_RATE * (observed - self._scale)
+        if not verified:
             return
-        if self._tokens < self._plain:
-            self._pause = min(max(2 * self._pause, self.first_pause), self.longest_pause)
-            self._paused, self._steps_left = True, self._pause
+        trial.tokens += num_tokens
+        trial.plain += plain_rate * (seconds + self.draft_seconds(batch))
+        trial.steps_left -= 1
+        if trial.steps_left > 0:
+            return
+        if trial.tokens < trial.plain:
+            trial.pause = min(max(2 * trial.pause, self.first_pause), self.longest_pause)
+            trial.paused, trial.steps_left = True, trial.pause
         else:
-            self._pause = 0
-            self._steps_left = self.trial_steps
-        self._tokens = self._plain = 0.0
+            trial.pause = 0
+            self._begin(trial, batch)
+
+    def _begin(self, trial: _Trial, batch: int) -> None:
+        trial.steps_left = max(-(-self.trial_steps // batch), min(_LEAST_TRIAL_STEPS, self.trial_steps))
+        trial.tokens = trial.plain = 0.0
+
+    def _trial(self, batch: int) -> _Trial:
+        return self._trials.setdefault(batch.bit_length(), _Trial())
 
 
 @dataclass(slots=True)
@@ -74,6 +109,8 @@ class TreeBudget:
     max_nodes: int
     cost_model: CostModel | None
     costly: CostlyDrafting | None = None  # None: no drafter is, or they always run
+    prefill: Curve | None = None  # seconds of a pass by positions of prompts
+    max_stall_steps: float = 2.0  # plain steps that such a pass may take while others decode
     _accepted: float = field(default=1.0)
     _promised: float = field(default=1.0)
     _last_promise: float = field(default=0.0)
@@ -83,10 +120,25 @@ class TreeBudget:
         low, high = _TRUST_LIMITS
         return min(max(self._accepted / self._promised, low), high)
 
-    @property
-    def wants_costly(self) -> bool:
-        """Whether the draft that closes the next step should run the costly drafters too."""
-        return self.costly is None or self.costly.wanted
+    def start_over(self, costly: CostlyDrafting | None) -> None:
+        """Other drafters: what was learnt of the last ones says nothing of them."""
+        self.costly = costly
+        self._accepted = self._promised = 1.0
+
+    def wants_costly(self, batch: int) -> bool:
+        """Whether the draft that closes a step of so many sequences should run the costly drafters too."""
+        return self.costly is None or self.costly.wanted(batch)
+
+    def plain_tokens_per_second(self, batch: int) -> float | None:
+        """Of each of so many sequences, decoded plainly; None where nothing was measured."""
+        return None if self.cost_model is None else 1.0 / self.cost_model.plain_seconds(batch)
+
+    def prefill_rows(self, num_decoding: int) -> int:
+        """Positions of prompts that may run in a pass of their own between two steps of so many sequences."""
+        if self.prefill is None or self.cost_model is None:
+            return _UNMEASURED_PREFILL_ROWS
+        seconds = self.max_stall_steps * self.cost_model.plain_seconds(num_decoding)
+        return self.prefill.longest_within(seconds, least=_LEAST_PREFILL_ROWS, most=65536)
 
     def choose(self, sequences: Seq[Sequence]) -> list[int]:
         """Rows for each sequence in the next verification pass, root included."""
@@ -95,9 +147,10 @@ class TreeBudget:
         if self.cost_model is None:
             nodes = [1 + sum(p > 0.0 for p in probs) for probs in drafted]
         else:
-            trust = self.trust
+            trust, batch = self.trust, len(sequences)
             worth = [[min(p * trust, 1.0) for p in probs] for probs in drafted]
-            spent = self.costly.seconds if self.costly is not None and self.costly.wanted else 0.0
+            costly = self.costly if self.costly is not None and self.costly.wanted(batch) else None
+            spent = 0.0 if costly is None else costly.draft_seconds(batch)
             nodes = self.cost_model.choose_nodes(worth, max_nodes=self.max_nodes, spent_seconds=spent)
         self._last_promise = sum(sum(probs[: n - 1]) for probs, n in zip(drafted, nodes, strict=True))
         return nodes
@@ -111,16 +164,23 @@ class TreeBudget:
         elif any(sequence.path_probs for sequence in sequences):
             self._accepted += _FADING_RATE * (self._promised - self._accepted)
         if self.costly is not None and self.cost_model is not None and result.drafted:
-            batch = len(sequences)
-            plain_seconds = self.cost_model.step_seconds(batch)
-            rows = batch + sum(result.num_drafted)
-            self.costly.observe(
-                ran=result.drafted_costly,
-                num_tokens=sum(map(len, result.tokens)),
-                seconds=self.cost_model.step_seconds(rows),
-                plain_rate=batch / plain_seconds,
-                draft_seconds=result.seconds.draft,
-            )
+            self._judge(self.costly, self.cost_model, result)
+
+    def _judge(self, costly: CostlyDrafting, model: CostModel, result: StepResult) -> None:
+        batch, measured = len(result.tokens), result.seconds
+        num_drafted = sum(result.num_drafted)
+        seconds = model.step_seconds(batch + num_drafted, batch) + (model.tree_seconds(batch) if num_drafted else 0.0)
+        # A machine that is slower now than at start-up is so for drafts and passes alike.
+        passed = measured.verify + measured.accept + measured.commit
+        draft_seconds = measured.draft * seconds / passed if passed > 0.0 else 0.0
+        costly.observe(
+            batch=batch,
+            ran=result.drafted_costly,
+            num_tokens=sum(map(len, result.tokens)),
+            seconds=seconds,
+            plain_rate=batch / model.plain_seconds(batch),
+            draft_seconds=max(draft_seconds - model.tree_seconds(batch), 0.0),
+        )
 
     def _limit(self, sequence: Sequence) -> int:
         speculation = sequence.request.speculation

@@ -1,126 +1,274 @@
-"""Start-up measurement: what a verification pass costs on this machine, by number of rows.
+"""Start-up measurement: what steps cost on this machine, by number of rows and of sequences.
 
 Two uses: the cost model that sizes trees, and the plain-decoding speed that every reported speedup is measured against.
 """
 
+import itertools
 import statistics
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
 from gorgon_engine.acceptance import AcceptanceRule
-from gorgon_engine.backbone.base import ForwardInputs
+from gorgon_engine.backbone.base import ForwardInputs, LogitsFor
+from gorgon_engine.batch import RunningBatch
+from gorgon_engine.drafters.base import DraftContext
 from gorgon_engine.sampling import SamplingBatch, SamplingParams
 from gorgon_engine.step import SpeculativeStep, Wanted
 from gorgon_engine.transfer import to_device
 from gorgon_engine.tree.candidates import CandidateTree
-from gorgon_engine.tree.cost_model import CostModel
-from gorgon_engine.tree.tree import ancestor_words, flatten, merge_candidates
+from gorgon_engine.tree.cost_model import CostModel, Curve
+from gorgon_engine.tree.tree import MAX_NODES, ancestor_words, flatten, merge_candidates
 
-_ROW_COUNTS = (1, 2, 4, 8, 16, 32, 64, 128)
 _PREFIX = 64  # positions in the cache while measuring
+_PREFILL_COUNTS = (32, 128)
+_MOST_SEQUENCES = 64
 _ROUNDS = 3
+_MAX_SECONDS = 2.0  # no further round begins after so long: a large model on a CPU takes seconds for one
+
+
+@dataclass(frozen=True, slots=True)
+class DraftSeconds:
+    """Of the drafters that run a network: what they add to a draft of one sequence, and each further one."""
+
+    first: float
+    each: float
 
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """Medians over interleaved rounds, one sequence, short context."""
+    """Medians over interleaved rounds at short context."""
 
-    plain_step_seconds: float
+    plain_step_seconds: float  # of one sequence
     cost_model: CostModel
-    costly_draft_seconds: float | None = None  # of the drafters that run a network; None where there are none
+    prefill: Curve  # passes over so many positions of a prompt
+    costly_draft: DraftSeconds | None = None  # None where no drafter runs a network
 
     @property
     def plain_tokens_per_second(self) -> float:
         return 1.0 / self.plain_step_seconds
 
 
-def calibrate(step: SpeculativeStep) -> Calibration:
-    """Time plain steps, verification passes and drafting on a borrowed slot: about a second for a small CPU model."""
-    slot = step.cache.acquire()
+@dataclass(slots=True)
+class _Stopwatch:
+    """Times of several things, measured round by round. What slows a whole round down cancels out."""
+
+    device: torch.device
+    _rounds: list[dict[tuple[str, int], list[float]]] = field(default_factory=list)
+
+    def begin_round(self) -> None:
+        self._rounds.append({})
+
+    def time(self, name: str, count: int, work: Callable[[], object]) -> None:
+        began = _now(self.device)
+        work()
+        self._rounds[-1].setdefault((name, count), []).append(_now(self.device) - began)
+
+    def seconds(self, name: str, count: int, *, beside: tuple[str, int]) -> float:
+        """The median, each time taken relative to what `beside` took in the same round."""
+        timed = self._rounds[1:]  # the first round warms up
+        base = [statistics.median(times[beside]) for times in timed]
+        ratios = [statistics.median(times[name, count]) / b for times, b in zip(timed, base, strict=True)]
+        return statistics.median(ratios) * statistics.median(base)
+
+
+def calibrate(step: SpeculativeStep, *, chunk_size: int = 512) -> Calibration:
+    """Time plain steps, passes and drafting in borrowed slots: about a second for a small CPU model.
+
+    The slots must be free: nothing may run. chunk_size: positions of a prompt that one pass may run.
+    """
+    cache = step.cache
+    slots = [cache.acquire() for _ in range(min(cache.num_free_slots, _MOST_SEQUENCES))]
+    prefix = min(_PREFIX, max(1, cache.capacity // 2))
     try:
-        return _measure(step, slot)
+        # What lies there costs the same as a prompt.
+        cache.append(to_device(slots, step.backbone.device), prefix)
+        return _Measurement(step, slots, prefix, chunk_size).run()
     finally:
-        step.cache.release(slot)
+        for slot in slots:
+            cache.release(slot)
 
 
-def _measure(step: SpeculativeStep, slot: int) -> Calibration:
-    device, vocab_size = step.backbone.device, step.backbone.config.vocab_size
-    generator = torch.Generator().manual_seed(0)
-    prefix = min(_PREFIX, max(1, step.cache.capacity // 2))
-    prompt = torch.randint(vocab_size, (prefix,), generator=generator).tolist()
-    sampling = SamplingBatch.of([SamplingParams()], vocab_size=vocab_size, device=device)
-    plain = Wanted(draft=False)
-    start = step.prefill(slot, prompt, sampling, None, chunk_size=prefix, wanted=plain, check=lambda: None)
+def calibrate_drafters(step: SpeculativeStep) -> DraftSeconds | None:
+    """Of drafters taken up while streams run, of which nothing is touched. None where no drafter runs a network."""
+    watch, drafts = _Stopwatch(step.backbone.device), _Drafts(step)
+    for _ in range(1 + _ROUNDS):
+        watch.begin_round()
+        drafts.time(watch)
+    return drafts.costly_seconds(watch, beside=("cheap", 1))
 
-    costly = any(drafter.is_costly for drafter in step.drafters)
-    batch, plain_times, tree_times, draft_times = start.batch, [], [], []
-    rows = [r for r in _ROW_COUNTS if r <= step.max_nodes]
-    pass_times: dict[int, list[float]] = {r: [] for r in rows}
-    length = prefix
-    for round_number in range(_ROUNDS + 1):
-        timed = round_number > 0  # the first round warms up
-        for _ in range(3):
-            began = _now(device)
-            result = step.run(batch, [1], max_length=length, rule=AcceptanceRule.LOSSLESS, wanted=plain)
-            plain_times += [_now(device) - began] if timed else []
-            batch, length = result.batch, length + 1
-        for count in rows:
-            inputs = _chain_tree(step, slot, count, generator)
-            began = _now(device)
-            step.backbone.forward(inputs, step.cache)
-            pass_times[count] += [_now(device) - began] if timed else []
-        if costly:
-            began = _now(device)
-            step.draft(batch, length)
-            draft_times += [_now(device) - began] if timed else []
-        began = _now(device)
-        step.draft(batch, length, costly=False)
+
+class _Drafts:
+    """Drafts for the first slots, from a made-up context: nothing is written."""
+
+    def __init__(self, step: SpeculativeStep) -> None:
+        self._step = step
+        self.batches = sorted({1, min(step.cache.num_slots, _MOST_SEQUENCES)})
+        generator = torch.Generator().manual_seed(0)
+        self._contexts = {batch: self._context(batch, generator) for batch in self.batches}
+        self._guesses = {batch: self._chains(batch, generator) for batch in self.batches}
+
+    def time(self, watch: _Stopwatch) -> None:
+        for batch in self.batches:
+            watch.time("cheap", batch, partial(self._cheap, batch))
+            if self._step.drafting.has_costly:
+                watch.time("all", batch, partial(self._all, batch))
+
+    def costly_seconds(self, watch: _Stopwatch, *, beside: tuple[str, int]) -> DraftSeconds | None:
+        if not self._step.drafting.has_costly:
+            return None
+        took = [
+            max(watch.seconds("all", batch, beside=beside) - watch.seconds("cheap", batch, beside=beside), 0.0)
+            for batch in self.batches
+        ]
+        return DraftSeconds(took[0], self._each(took))
+
+    def cheap_seconds(self, watch: _Stopwatch, *, beside: tuple[str, int]) -> DraftSeconds:
+        took = [watch.seconds("cheap", batch, beside=beside) for batch in self.batches]
+        return DraftSeconds(took[0], self._each(took))
+
+    def _each(self, took: Sequence[float]) -> float:
+        return max(took[-1] - took[0], 0.0) / max(self.batches[-1] - 1, 1)
+
+    def _cheap(self, batch: int) -> None:
+        step, context = self._step, self._contexts[batch]
+        step.drafting.guess(context, costly=False)
         # Random text gives a lookup nothing to find, and what is not found is not merged: that part is added here.
-        guesses = merge_candidates(
-            [_chain_of_guesses(step, generator)], max_nodes=step.max_nodes, max_depth=step.max_depth
+        guesses = merge_candidates([self._guesses[batch]], max_nodes=step.max_nodes, max_depth=step.max_depth)
+        sizes = to_device([step.max_nodes] * batch, context.root_tokens.device)
+        flatten(context.root_tokens, guesses, sizes, step.max_nodes)
+
+    def _all(self, batch: int) -> None:
+        self._step.drafting.guess(self._contexts[batch], costly=True)
+        self._cheap(batch)
+
+    def _context(self, batch: int, generator: torch.Generator) -> DraftContext:
+        config, device = self._step.backbone.config, self._step.backbone.device
+        length = min(_PREFIX, self._step.cache.capacity)
+        history = torch.randint(config.vocab_size, (batch, length), generator=generator).to(device)
+        return DraftContext(
+            root_tokens=history[:, -1],
+            hidden=self._step.backbone.embed(history[:, -1]),  # of a hidden state's size and type
+            history=history,
+            history_lengths=torch.full((batch,), length, device=device),
+            seeds=torch.arange(batch, device=device),
+            slots=torch.arange(batch, device=device),
         )
-        flatten(batch.root_tokens, guesses, to_device([step.max_nodes], device), step.max_nodes)
-        tree_times += [_now(device) - began] if timed else []
 
-    plain_step = statistics.median(plain_times)
-    medians = [statistics.median(pass_times[r]) for r in rows]
-    overhead = max(plain_step - medians[0], 0.0)
-    # More rows never cost less: a dip is noise, and would draw the budget to it.
-    seconds = [plain_step]
-    for median in medians[1:]:
-        seconds.append(max(median + overhead, seconds[-1]))
-    model = CostModel(rows=tuple(rows), seconds=tuple(seconds), draft_seconds=statistics.median(tree_times))
-    return Calibration(
-        plain_step_seconds=plain_step,
-        cost_model=model,
-        costly_draft_seconds=statistics.median(draft_times) if draft_times else None,
+    def _chains(self, batch: int, generator: torch.Generator) -> CandidateTree:
+        device, count = self._step.backbone.device, max(self._step.max_nodes - 1, 1)
+        tokens = torch.randint(self._step.backbone.config.vocab_size, (batch, count), generator=generator).to(device)
+        index = torch.arange(count, device=device).expand(batch, -1)
+        return CandidateTree(tokens, index - 1, -(index + 1).float(), torch.zeros_like(tokens), source="calibration")
+
+
+class _Measurement:
+    """Everything that start-up measures, in slots that hold `prefix` positions each."""
+
+    def __init__(self, step: SpeculativeStep, slots: Sequence[int], prefix: int, chunk_size: int) -> None:
+        self._step = step
+        self._slots = slots
+        self._prefix = prefix
+        self._generator = torch.Generator().manual_seed(0)
+        num_slots, most = len(slots), max(step.max_nodes, min(4 * len(slots), MAX_NODES))
+        self._batches = sorted({min(2**i, num_slots) for i in range(num_slots.bit_length() + 1)})
+        self._rows = sorted({min(2**i, most) for i in range(most.bit_length() + 1)})
+        room = min(chunk_size, step.cache.num_positions - prefix)
+        self._prefill_rows = sorted({min(count, room) for count in _PREFILL_COUNTS})
+        self._running = {count: _running(step, slots[:count], prefix) for count in self._batches}
+        self._drafts = _Drafts(step)
+        self._watch = _Stopwatch(step.backbone.device)
+
+    def run(self) -> Calibration:
+        began = time.perf_counter()
+        for number in range(1 + _ROUNDS):
+            if number > 1 and time.perf_counter() - began > _MAX_SECONDS:
+                break
+            self._watch.begin_round()
+            self._round()
+        plain = Curve(tuple(self._batches), _rising([self._seconds("plain", count) for count in self._batches]))
+        passes = [self._seconds("pass", count) for count in self._rows]
+        overhead = max(plain.seconds[0] - passes[0], 0.0)  # of a step beside its pass
+        cheap = self._drafts.cheap_seconds(self._watch, beside=("plain", 1))
+        costly = self._drafts.costly_seconds(self._watch, beside=("plain", 1))
+        return Calibration(
+            plain_step_seconds=plain.seconds[0],
+            cost_model=CostModel(
+                rows=tuple(self._rows),
+                seconds=_rising([plain.seconds[0], *(seconds + overhead for seconds in passes[1:])]),
+                draft_seconds=cheap.first,
+                draft_seconds_each=cheap.each,
+                plain=plain,
+            ),
+            prefill=Curve(
+                tuple(self._prefill_rows), _rising([self._seconds("prefill", count) for count in self._prefill_rows])
+            ),
+            costly_draft=costly,
+        )
+
+    def _round(self) -> None:
+        for count in self._batches:
+            for _ in range(3 if count == 1 else 1):
+                self._watch.time("plain", count, partial(self._plain_step, count))
+        for count in self._rows:
+            self._watch.time("pass", count, partial(self._tree_pass, self._inputs(count, tree=True)))
+        for count in self._prefill_rows:
+            self._watch.time("prefill", count, partial(self._prefill_pass, self._inputs(count, tree=False)))
+        self._drafts.time(self._watch)
+
+    def _seconds(self, name: str, count: int) -> float:
+        return self._watch.seconds(name, count, beside=("plain", 1))
+
+    def _plain_step(self, count: int) -> None:
+        batch, step = self._running[count], self._step
+        plain = Wanted(draft=False)
+        step.run(batch, [1] * count, max_length=self._prefix, rule=AcceptanceRule.LOSSLESS, wanted=plain)
+        step.cache.append(batch.slots, -1)  # back to where it was: the next step is as long
+
+    def _tree_pass(self, inputs: ForwardInputs) -> None:
+        self._step.backbone.forward(inputs, self._step.cache)
+
+    def _prefill_pass(self, inputs: ForwardInputs) -> None:
+        self._step.backbone.forward(inputs, self._step.cache, logits_for=LogitsFor.NONE)
+
+    def _inputs(self, num_rows: int, *, tree: bool) -> ForwardInputs:
+        """A chain of rows in the first slot, as a tree to verify or as a part of a prompt."""
+        device, cache = self._step.backbone.device, self._step.cache
+        vocab_size = self._step.backbone.config.vocab_size
+        index = torch.arange(num_rows, device=device)[None]
+        slots = to_device(self._slots[:1], device)
+        return ForwardInputs(
+            tokens=torch.randint(vocab_size, (1, num_rows), generator=self._generator).to(device),
+            depths=index,
+            slots=slots,
+            lengths=cache.lengths[slots],
+            num_rows=to_device([num_rows], device),
+            prompt_lengths=cache.lengths[slots],
+            max_positions=min(2 * _PREFIX + num_rows, cache.num_positions),
+            ancestors=ancestor_words(index - 1) if tree else None,
+        )
+
+
+def _running(step: SpeculativeStep, slots: Sequence[int], length: int) -> RunningBatch:
+    device, config = step.backbone.device, step.backbone.config
+    tokens = to_device([number % config.vocab_size for number in range(len(slots))], device)
+    return RunningBatch(
+        slots=to_device(slots, device),
+        prompt_lengths=torch.full_like(tokens, length),
+        root_tokens=tokens,
+        hidden=step.backbone.embed(tokens),
+        sampling=SamplingBatch.of([SamplingParams()] * len(slots), vocab_size=config.vocab_size, device=device),
+        counts=None,
+        candidates=None,
     )
 
 
-def _chain_of_guesses(step: SpeculativeStep, generator: torch.Generator) -> CandidateTree:
-    device, count = step.backbone.device, max(step.max_nodes - 1, 1)
-    tokens = torch.randint(step.backbone.config.vocab_size, (1, count), generator=generator).to(device)
-    index = torch.arange(count, device=device)[None]
-    return CandidateTree(tokens, index - 1, -(index + 1).float(), torch.zeros_like(tokens), source="calibration")
-
-
-def _chain_tree(step: SpeculativeStep, slot: int, num_rows: int, generator: torch.Generator) -> ForwardInputs:
-    device = step.backbone.device
-    tokens = torch.randint(step.backbone.config.vocab_size, (1, num_rows), generator=generator).to(device)
-    index = torch.arange(num_rows, device=device)[None]
-    slots = torch.tensor([slot], device=device)
-    return ForwardInputs(
-        tokens=tokens,
-        depths=index,
-        slots=slots,
-        lengths=step.cache.lengths[slots],
-        num_rows=torch.tensor([num_rows], device=device),
-        prompt_lengths=step.cache.lengths[slots],
-        max_positions=min(2 * _PREFIX + num_rows, step.cache.keys.shape[3]),
-        ancestors=ancestor_words(index - 1),
-    )
+def _rising(seconds: Sequence[float]) -> tuple[float, ...]:
+    """More rows never cost less: a dip is noise, and would draw the budget to it."""
+    return tuple(itertools.accumulate(seconds, max))
 
 
 def _now(device: torch.device) -> float:

@@ -6,23 +6,26 @@ for event in engine.generate(engine.request("The capital of France is", Sampling
 """
 
 import itertools
+from collections import deque
 from collections.abc import Generator, Iterable
 from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Self
 
 from gorgon_engine.backbone.base import Backbone
 from gorgon_engine.backbone.select import BackboneOptions, load_backbone
 from gorgon_engine.budget import CostlyDrafting, TreeBudget
-from gorgon_engine.calibration import Calibration, calibrate
+from gorgon_engine.calibration import Calibration, DraftSeconds, calibrate, calibrate_drafters
 from gorgon_engine.detokenizer import IncrementalDetokenizer
 from gorgon_engine.drafters.base import Drafter
-from gorgon_engine.drafters.select import DrafterKind, HeadsTree, make_drafters
-from gorgon_engine.events import Event, FinishedEvent
+from gorgon_engine.drafters.select import DrafterKind, HeadsTree
+from gorgon_engine.events import Event, FailedEvent, FinishedEvent, TokenEvent
 from gorgon_engine.kv_cache import KVCache
 from gorgon_engine.models.catalog import resolve_model
+from gorgon_engine.prepared import DrafterMaker, HeadsDescription, PreparedHeads
 from gorgon_engine.sampling import SamplingParams
-from gorgon_engine.scheduler import Scheduler
+from gorgon_engine.scheduler import Scheduler, SchedulerLimits
 from gorgon_engine.sequence import Request, Sequence, SpeculationParams
 from gorgon_engine.step import SpeculativeStep
 from gorgon_engine.tokenizer import ChatMessage, Tokenizer
@@ -50,7 +53,9 @@ class EngineConfig:
     adaptive: bool = True  # size trees by the cost model; False: always the largest
     num_slots: int = 1
     context: int | None = None  # positions a sequence, prompt and answer; None: the model's own, at most 8192
-    chunk_size: int = 512
+    chunk_size: int = 512  # positions of prompts that one pass runs while nothing is decoding
+    max_waiting: int = 64  # requests beside those for which a slot is free
+    max_stall_steps: float = 2.0  # plain steps that a part of a prompt may take while others are decoding
 
     def __post_init__(self) -> None:
         for name, low, high in (
@@ -58,6 +63,8 @@ class EngineConfig:
             ("max_depth", 1, MAX_NODES - 1),
             ("num_slots", 1, 4096),
             ("chunk_size", 1, 65536),
+            ("max_waiting", 0, 1_000_000),
+            ("max_stall_steps", 0.0, 1_000_000.0),
         ):
             value = getattr(self, name)
             if not low <= value <= high:
@@ -72,25 +79,29 @@ class LoadedParts:
     tokenizer: Tokenizer
     drafters: tuple[Drafter, ...]
     notices: tuple[str, ...]
+    heads: HeadsDescription | None = None  # among the drafters
 
 
 def load_parts(config: EngineConfig) -> LoadedParts:
     """Read the model, choose kernels, make drafters. Raises `GorgonError` subclasses."""
     folder = resolve_model(config.model)
     backbone, notices = load_backbone(folder, config.backbone)
-    drafters, more = make_drafters(
-        config.drafter,
-        config.heads,
+    prepared = _maker(config, backbone, folder).first(config.heads)
+    return LoadedParts(
         backbone=backbone,
-        folder=folder,
-        tree=config.heads_tree,
-        draw=config.draw_drafts,
+        tokenizer=Tokenizer.from_folder(folder),
+        drafters=prepared.drafters,
+        notices=(*notices, *prepared.notices),
+        heads=prepared.heads,
     )
-    return LoadedParts(backbone, Tokenizer.from_folder(folder), tuple(drafters), (*notices, *more))
 
 
 class Engine:
-    """One backbone, its cache and drafters, and the loop over them. Not thread-safe: one thread drives it."""
+    """One backbone, its cache and drafters, and the loop over them.
+
+    Not thread-safe: one thread drives it (`submit`, `cancel`, `step`, `use_heads`, `abort`). `request` and
+    `prepare_heads` are for any thread.
+    """
 
     def __init__(
         self,
@@ -100,7 +111,9 @@ class Engine:
         drafters: Iterable[Drafter],
         config: EngineConfig,
         notices: Iterable[str] = (),
+        heads: HeadsDescription | None = None,
     ) -> None:
+        """heads: what the drafters draft with, for `heads` to tell."""
         shape = backbone.config
         context = config.context or min(shape.max_positions, _DEFAULT_CONTEXT)
         if context > shape.max_positions:
@@ -110,6 +123,7 @@ class Engine:
         self.config = config
         self.notices = tuple(notices)
         self.context = context
+        self.heads = heads
         cache = KVCache(
             num_layers=shape.num_layers,
             num_slots=config.num_slots,
@@ -120,24 +134,65 @@ class Engine:
             dtype=backbone.cache_dtype,
             device=backbone.device,
         )
-        step = SpeculativeStep(backbone, cache, tuple(drafters), max_nodes=config.max_nodes, max_depth=config.max_depth)
-        self.calibration: Calibration | None = calibrate(step) if config.adaptive else None
-        budget = _budget(config, self.calibration)
-        eos = frozenset(shape.eos_token_ids)
-        self._scheduler = Scheduler(step, budget, chunk_size=config.chunk_size, eos_token_ids=eos)
+        self._step = SpeculativeStep(
+            backbone, cache, tuple(drafters), max_nodes=config.max_nodes, max_depth=config.max_depth
+        )
+        self.calibration: Calibration | None = None
+        if config.adaptive:
+            self.calibration = calibrate(self._step, chunk_size=config.chunk_size)
+        self._scheduler = Scheduler(
+            self._step,
+            _budget(config, self.calibration),
+            SchedulerLimits(chunk_size=config.chunk_size, max_waiting=config.max_waiting),
+        )
+        self._eos_token_ids = frozenset(shape.eos_token_ids)
         self._numbers = itertools.count(1)
 
     @classmethod
-    def load(cls, config: EngineConfig) -> "Engine":
+    def load(cls, config: EngineConfig) -> Self:
         """Read the model, choose kernels, make drafters, measure the machine. Raises `GorgonError` subclasses."""
-        parts = load_parts(config)
+        return cls.of_parts(load_parts(config), config)
+
+    @classmethod
+    def of_parts(cls, parts: LoadedParts, config: EngineConfig) -> Self:
+        """An engine of what `load_parts` gave for this configuration."""
         return cls(
             backbone=parts.backbone,
             tokenizer=parts.tokenizer,
             drafters=parts.drafters,
             config=config,
             notices=parts.notices,
+            heads=parts.heads,
         )
+
+    @property
+    def num_slots(self) -> int:
+        """Sequences that can run at once."""
+        return self.config.num_slots
+
+    @property
+    def num_running(self) -> int:
+        """Sequences in a slot."""
+        return self._scheduler.num_running
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that wait for a slot."""
+        return self._scheduler.num_waiting
+
+    @property
+    def has_work(self) -> bool:
+        """Whether anything that was submitted has not ended: `step` has something to do."""
+        return self._scheduler.has_work
+
+    @property
+    def kv_cache_usage(self) -> float:
+        """Share of the cache's positions in use, 0 to 1."""
+        return min(self._scheduler.num_committed / (self.num_slots * self.context), 1.0)
+
+    def plain_tokens_per_second(self, batch_size: int) -> float | None:
+        """Plain decoding of each of so many streams, as calibrated; None for an engine that was not."""
+        return None if self.calibration is None else 1.0 / self.calibration.cost_model.plain_seconds(batch_size)
 
     def request(
         self,
@@ -146,30 +201,40 @@ class Engine:
         speculation: SpeculationParams | None = None,
         *,
         trace: bool = False,
+        generated: SequenceABC[int] = (),
+        client: str = "",
+        timeout_seconds: float | None = None,
+        request_id: str | None = None,
     ) -> Request:
-        """A request of a text, of chat messages, or of token ids. Raises `BadRequestError` for what cannot run."""
-        tokens = self._tokens(prompt)
+        """A request of a text, of chat messages, or of token ids.
+
+        generated: tokens of the answer that were said before: it goes on behind them as if never interrupted, given
+        the same seed. client: whose request it is; those of one client wait behind each other. timeout_seconds: of
+        waiting for a slot. request_id: None = a new one. Raises `BadRequestError` for what cannot run,
+        `ContextLengthError` for what does not fit.
+        """
+        tokens, generated = self._tokens(prompt), tuple(generated)
         if not tokens:
             raise BadRequestError("the prompt is empty: give at least one token of text")
-        vocab_size = self.backbone.config.vocab_size
-        bad = next((t for t in tokens if not 0 <= t < vocab_size), None)
-        if bad is not None:
-            raise BadRequestError(f"the prompt holds token {bad}: the vocabulary has {vocab_size} tokens")
-        if len(tokens) >= self.context:
-            raise ContextLengthError(
-                f"the prompt is {len(tokens)} tokens long and the context holds {self.context}, the answer included: "
-                "shorten the prompt or raise the context"
-            )
-        speculation = speculation or SpeculationParams()
+        self._check_vocabulary(tokens, "the prompt holds")
+        self._check_vocabulary(generated, "generated holds")
+        self._check_length(len(tokens), len(generated))
+        sampling, speculation = sampling or SamplingParams(), speculation or SpeculationParams()
+        self._check_vocabulary(sampling.logit_bias, "logit_bias names")
         limit = speculation.max_nodes
         if limit is not None and not 1 <= limit <= self.config.max_nodes:
             raise BadRequestError(f"max_nodes must be between 1 and {self.config.max_nodes}: got {limit}")
+        if timeout_seconds is not None and not timeout_seconds > 0.0:
+            raise BadRequestError(f"timeout_seconds must be above 0: got {timeout_seconds}")
         return Request(
-            id=f"request-{next(self._numbers)}",
+            id=f"request-{next(self._numbers)}" if request_id is None else request_id,
             prompt=tuple(tokens),
-            sampling=sampling or SamplingParams(),
+            sampling=sampling,
             speculation=speculation,
             trace=trace,
+            generated=generated,
+            client=client,
+            timeout_seconds=timeout_seconds,
         )
 
     def _tokens(self, prompt: Prompt) -> list[int]:
@@ -180,33 +245,88 @@ class Engine:
             return self.tokenizer.encode_chat(messages)
         return [part for part in prompt if isinstance(part, int)]
 
+    def _check_vocabulary(self, tokens: Iterable[int], what: str) -> None:
+        vocab_size = self.backbone.config.vocab_size
+        bad = next((t for t in tokens if not 0 <= t < vocab_size), None)
+        if bad is not None:
+            raise BadRequestError(f"{what} token {bad}: the vocabulary has {vocab_size} tokens")
+
+    def _check_length(self, prompt: int, generated: int) -> None:
+        if prompt >= self.context:
+            raise ContextLengthError(
+                f"the prompt is {prompt} tokens long and the context holds {self.context}, the answer included: "
+                "shorten the prompt or raise the context"
+            )
+        if prompt + generated > self.context:
+            raise ContextLengthError(
+                f"the prompt is {prompt} tokens long and {generated} were generated, but the context holds "
+                f"{self.context}: go on where the context is as long as it was"
+            )
+
     def submit(self, request: Request) -> None:
-        """Queue a request; `step` runs it."""
-        stops = request.sampling.stop
-        self._scheduler.submit(Sequence(request, IncrementalDetokenizer(self.tokenizer, stops)))
+        """Queue a request; `step` runs it.
+
+        Raises `QueueFullError` where `max_waiting` wait already, `BadRequestError` for an id that is in use.
+        """
+        sampling = request.sampling
+        detokenizer = IncrementalDetokenizer(self.tokenizer, sampling.stop)
+        stops = frozenset(sampling.stop_token_ids)
+        if not sampling.ignore_eos:
+            stops |= self._eos_token_ids
+        self._scheduler.submit(Sequence(request, detokenizer, stop_token_ids=stops))
 
     def cancel(self, request_id: str) -> None:
+        """End a request at the next step; unknown or ended ids are ignored."""
         self._scheduler.cancel(request_id)
 
     def step(self) -> list[Event]:
-        """Run one step of everything queued and running."""
+        """Run one step of everything queued and running. Every request ends with one Finished- or FailedEvent."""
         return self._scheduler.step()
 
     def abort(self) -> list[Event]:
         """End everything now; each request gets its terminal event."""
         return self._scheduler.abort()
 
-    def generate(self, *requests: Request) -> Generator[Event, None, None]:
-        """Run requests together to their ends, each event as it happens. Closing the iterator cancels what is left."""
+    def prepare_heads(self, heads: Path | None) -> PreparedHeads:
+        """Read, check and pack heads for `use_heads`, on any thread.
+
+        heads: a checkpoint folder, or a store's folder of the backbone; None = none, guesses are looked up alone.
+        Raises `HeadsError` for heads that cannot be read or do not fit.
+        """
+        return _maker(self.config, self.backbone, resolve_model(self.config.model)).next(heads)
+
+    def use_heads(self, prepared: PreparedHeads) -> None:
+        """Draft with other heads from the next step on. What is running goes on; its tokens stay those that they were
+        to be. Measures the new drafters, in milliseconds."""
+        drafting = self._step.drafting
+        before = drafting.drafters
+        drafting.use(drafting.bind(prepared.drafters))
+        try:
+            costly = None if self.calibration is None else _costly(calibrate_drafters(self._step))
+        except BaseException:
+            drafting.use(before)
+            raise
+        self._scheduler.drafters_changed(costly)
+        self.heads = prepared.heads
+
+    def generate(self, *requests: Request) -> Generator[TokenEvent | FinishedEvent, None, None]:
+        """Run requests together to their ends, each event as it happens. Closing the iterator cancels what is left.
+
+        Raises the error of a request that fails.
+        """
+        left = deque(requests)
         unfinished = {request.id for request in requests}
-        for request in requests:
-            self.submit(request)
         try:
             while unfinished:
+                while left and self._scheduler.has_room:
+                    self.submit(left.popleft())
                 for event in self.step():
-                    if isinstance(event, FinishedEvent):
+                    if isinstance(event, FinishedEvent | FailedEvent):
                         unfinished.discard(event.request_id)
-                    yield event
+                    if isinstance(event, FailedEvent):
+                        raise event.error
+                    if isinstance(event, FinishedEvent | TokenEvent):
+                        yield event
         finally:
             if unfinished:
                 for request_id in unfinished:
@@ -214,12 +334,21 @@ class Engine:
                 self._scheduler.drop_cancelled()
 
 
+def _maker(config: EngineConfig, backbone: Backbone, folder: Path) -> DrafterMaker:
+    return DrafterMaker(backbone, folder, kind=config.drafter, tree=config.heads_tree, draw=config.draw_drafts)
+
+
 def _budget(config: EngineConfig, calibration: Calibration | None) -> TreeBudget:
     if calibration is None:
         return TreeBudget(config.max_nodes, None)
-    draft_seconds = calibration.costly_draft_seconds
     return TreeBudget(
         config.max_nodes,
         calibration.cost_model,
-        None if draft_seconds is None else CostlyDrafting(draft_seconds),
+        _costly(calibration.costly_draft),
+        prefill=calibration.prefill,
+        max_stall_steps=config.max_stall_steps,
     )
+
+
+def _costly(draft: DraftSeconds | None) -> CostlyDrafting | None:
+    return None if draft is None else CostlyDrafting(draft.first, draft.each)

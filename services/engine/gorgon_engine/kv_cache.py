@@ -47,6 +47,11 @@ class KVCache:
         return len(self._free)
 
     @property
+    def num_positions(self) -> int:
+        """Of a slot, scratch included."""
+        return self.keys.shape[3]
+
+    @property
     def num_bytes(self) -> int:
         return 2 * self.keys.numel() * self.keys.element_size()
 
@@ -79,14 +84,24 @@ class KVCache:
 
         slots: [B]; path: [B, E] node indices along the branch, root first, `path[b, d] >= d`; entries past
         `num_committed[b]` may be anything in range. num_committed: [B] nodes to keep, root included.
-        Static-shaped: all E rows are moved, those past `num_committed` land in scratch and are overwritten.
+        Static-shaped on a GPU: all E rows are moved, those past `num_committed` land in scratch and are overwritten.
         """
         lengths = self.lengths[slots]  # [B]
+        depth = torch.arange(path.shape[1], device=path.device)
         source = lengths[:, None] + path  # [B, E]
-        target = lengths[:, None] + torch.arange(path.shape[1], device=path.device)  # [B, E]
-        index = slots[:, None]
-        # Indexing with [B, 1] and [B, E] over dims 1 and 3 puts [B, E] first: gather to a new tensor, then scatter, so
-        # that an overlapping source and target cannot corrupt each other.
-        self.keys[:, index, :, target] = self.keys[:, index, :, source]
-        self.values[:, index, :, target] = self.values[:, index, :, source]
+        target = lengths[:, None] + depth  # [B, E]
+        if path.device.type == "cpu":
+            # Where values are at hand only what moves is copied: nothing in a plain step, little along a chain.
+            row, place = ((path != depth) & (depth < num_committed[:, None])).nonzero(as_tuple=True)
+            self._move(slots[row], source[row, place], target[row, place])
+        else:
+            self._move(slots[:, None], source, target)
         self.lengths[slots] = lengths + num_committed
+
+    def _move(self, slots: Tensor, source: Tensor, target: Tensor) -> None:
+        if slots.numel() == 0:
+            return
+        # Index tensors over dims 1 and 3 put their own dimensions first: gather to a new tensor, then scatter, so that
+        # an overlapping source and target cannot corrupt each other.
+        self.keys[:, slots, :, target] = self.keys[:, slots, :, source]
+        self.values[:, slots, :, target] = self.values[:, slots, :, source]

@@ -17,16 +17,25 @@ class TokenLogprobs:
     top: list[tuple[int, float]]
 
 
-def gather_logprobs(logits: Tensor, accepted: Acceptance, num_alternatives: int) -> dict[str, Tensor]:
+def gather_logprobs(
+    logits: Tensor, accepted: Acceptance, num_alternatives: int, rows: Tensor | None = None
+) -> dict[str, Tensor]:
     """Tensors for the read-back: `logprob` [B, E], `top_logprobs` and `top_ids` [B, E, num_alternatives].
 
-    logits: [B, N, V]. Place d of the path gave token d, so its logits are those of path node d.
+    logits: [B, N, V]. Place d of the path gave token d, so its logits are those of path node d. rows: [R] int64, of
+    those who want them, None = all; the others' are zeros.
     """
-    rows = torch.arange(logits.shape[0], device=logits.device)[:, None]
-    log_probs = torch.log_softmax(logits[rows, accepted.path].float(), dim=2)  # [B, E, V]
-    chosen = log_probs.gather(2, accepted.tokens[:, :, None])[:, :, 0]
+    index = torch.arange(logits.shape[0], device=logits.device) if rows is None else rows
+    log_probs = torch.log_softmax(logits[index[:, None], accepted.path[index]].float(), dim=2)  # [R, E, V]
+    chosen = log_probs.gather(2, accepted.tokens[index][:, :, None])[:, :, 0]
     values, ids = log_probs.topk(num_alternatives, dim=2)
-    return {"logprob": chosen, "top_logprobs": values, "top_ids": ids}
+    gathered = {"logprob": chosen, "top_logprobs": values, "top_ids": ids}
+    if rows is None:
+        return gathered
+    batch = logits.shape[0]
+    return {
+        name: part.new_zeros((batch, *part.shape[1:])).index_copy_(0, rows, part) for name, part in gathered.items()
+    }
 
 
 def token_logprobs(read: dict[str, Tensor], row: int, tokens: list[int]) -> list[TokenLogprobs]:

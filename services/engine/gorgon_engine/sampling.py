@@ -9,12 +9,14 @@ Letters: R rows (one sequence each), V vocabulary.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gorgon_engine.kernels.cpu import NativeLibrary
 from gorgon_engine.kernels.cpu.library import available_library
 from gorgon_engine.kernels.cpu.sampling import gumbel_argmax
 from gorgon_engine.random import Stream, gumbel_noise
@@ -87,9 +89,22 @@ class TokenCounts:
     in_prompt: Tensor  # [R, V] bool
     in_output: Tensor  # [R, V] int32, number of times
 
+    @classmethod
+    def empty(cls, rows: Tensor, vocab_size: int) -> "TokenCounts":
+        """Nothing said yet, for as many sequences as `rows` [R] has, on its device."""
+        shape = (rows.shape[0], vocab_size)
+        return cls(
+            in_prompt=torch.zeros(shape, dtype=torch.bool, device=rows.device),
+            in_output=torch.zeros(shape, dtype=torch.int32, device=rows.device),
+        )
+
     def add(self, tokens: Tensor, active: Tensor) -> None:
         """Count one emitted token a row, in place. tokens: [R]; active: [R] bool."""
         self.in_output.scatter_add_(1, tokens[:, None], active[:, None].to(torch.int32))
+
+    def select(self, rows: Tensor) -> "TokenCounts":
+        """Copies of the given rows [S] int64."""
+        return TokenCounts(in_prompt=self.in_prompt[rows], in_output=self.in_output[rows])
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,10 +180,15 @@ class SamplingBatch:
 
     def repeat(self, times: int) -> "SamplingBatch":
         """Every row `times` times in a row: [R] -> [R * times]."""
+        return self._map(lambda value: value.repeat_interleave(times, dim=0))
+
+    def select(self, rows: Tensor) -> "SamplingBatch":
+        """The given rows [S] int64 only: [R] -> [S]. The flags may speak of rows that are left out."""
+        return self._map(lambda value: value[rows])
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "SamplingBatch":
         changed: dict[str, Any] = {
-            f.name: value.repeat_interleave(times, dim=0)
-            for f in fields(self)
-            if isinstance(value := getattr(self, f.name), Tensor)
+            f.name: change(value) for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)
         }
         return replace(self, **changed)
 
@@ -177,7 +197,8 @@ def process_logits(logits: Tensor, batch: SamplingBatch, counts: TokenCounts | N
     """Logits [R, V] after bias, penalties, temperature and filters, float32: softmax gives the target distribution.
 
     `counts` must be given when `batch.any_penalty`. Filtered tokens are -inf; greedy rows keep their scale (their
-    argmax is what counts). Order: bias, penalties, temperature, top_k, top_p, min_p (transformers' order).
+    argmax is what counts). Order: bias, penalties, temperature, top_k, top_p, min_p (transformers' order). A row's
+    result depends on that row alone, to the bit.
     """
     logits = logits.float()
     if batch.bias is not None:
@@ -192,6 +213,15 @@ def process_logits(logits: Tensor, batch: SamplingBatch, counts: TokenCounts | N
 
 
 def _penalise(logits: Tensor, batch: SamplingBatch, counts: TokenCounts) -> Tensor:
+    if logits.device.type == "cpu":
+        repetition, additive = batch.repetition_penalty != 1.0, (batch.presence_penalty, batch.frequency_penalty)
+        rows = (repetition | (additive[0] != 0.0) | (additive[1] != 0.0)).nonzero()[:, 0]
+        if rows.numel() < logits.shape[0]:  # nobody pays for another's penalties
+            return logits.index_copy(0, rows, _penalised(logits[rows], batch.select(rows), counts.select(rows)))
+    return _penalised(logits, batch, counts)
+
+
+def _penalised(logits: Tensor, batch: SamplingBatch, counts: TokenCounts) -> Tensor:
     in_output = counts.in_output > 0
     repeated = torch.where(
         logits > 0, logits / batch.repetition_penalty[:, None], logits * batch.repetition_penalty[:, None]
@@ -207,16 +237,37 @@ _HEAD = 1024
 
 
 def _filter(logits: Tensor, batch: SamplingBatch) -> Tensor:
-    probs = torch.softmax(logits, dim=1)
-    if logits.device.type == "cpu" and logits.shape[1] > _HEAD:
-        head, order = probs.topk(_HEAD, dim=1)
-        enough = (batch.top_k > 0) & (batch.top_k <= _HEAD)
-        enough |= (batch.top_p < 1.0) & (batch.top_k == 0) & (head.cumsum(dim=1)[:, -1] >= batch.top_p + 1e-4)
-        enough |= (head[:, -1] < batch.min_p * head[:, 0]) & (batch.top_k <= _HEAD)
-        if bool((enough | batch.greedy).all()):
-            return _keep(logits, head, order, batch)
+    if logits.device.type != "cpu":
+        return _filtered_by_sorting(logits, batch)
+    # Row by row, so that one that needs a sort costs the others nothing and changes nothing of theirs.
+    filtered = ((batch.top_p < 1.0) | (batch.top_k > 0) | (batch.min_p > 0.0)) & ~batch.greedy
+    if logits.shape[1] <= _HEAD:
+        return _replaced(logits, batch, filtered, _filtered_by_sorting)
+    rows = filtered.nonzero()[:, 0]
+    few = batch.select(rows)
+    head, order = torch.softmax(logits[rows], dim=1).topk(_HEAD, dim=1)
+    enough = (few.top_k > 0) & (few.top_k <= _HEAD)
+    enough |= (few.top_p < 1.0) & (few.top_k == 0) & (head.cumsum(dim=1)[:, -1] >= few.top_p + 1e-4)
+    enough |= (head[:, -1] < few.min_p * head[:, 0]) & (few.top_k <= _HEAD)
+    kept = _keep(logits[rows[enough]], head[enough], order[enough], few.select(enough.nonzero()[:, 0]))
+    sorted_too = torch.zeros_like(filtered)
+    sorted_too[rows[~enough]] = True
+    return _replaced(logits.index_copy(0, rows[enough], kept), batch, sorted_too, _filtered_by_sorting)
+
+
+def _replaced(
+    logits: Tensor, batch: SamplingBatch, where: Tensor, change: Callable[[Tensor, SamplingBatch], Tensor]
+) -> Tensor:
+    """Logits [R, V] with the rows `where` [R] bool changed."""
+    rows = where.nonzero()[:, 0]
+    if rows.numel() == 0:
+        return logits
+    return logits.index_copy(0, rows, change(logits[rows], batch.select(rows)))
+
+
+def _filtered_by_sorting(logits: Tensor, batch: SamplingBatch) -> Tensor:
     # Stable: equal probabilities keep the order of their ids, so a cut through a tie is deterministic.
-    ordered, order = torch.sort(probs, dim=1, descending=True, stable=True)
+    ordered, order = torch.sort(torch.softmax(logits, dim=1), dim=1, descending=True, stable=True)
     return _keep(logits, ordered, order, batch)
 
 
@@ -239,10 +290,9 @@ def _keep(logits: Tensor, probs: Tensor, order: Tensor, batch: SamplingBatch) ->
 def sample(logits: Tensor, batch: SamplingBatch, positions: Tensor) -> Tensor:
     """One token a row from processed logits [R, V] at absolute positions [R] -> [R] int64. Ties: the lowest id."""
     if batch.all_greedy:
-        return logits.argmax(dim=1)
+        return _argmax(logits)
     if logits.device.type == "cpu" and (library := available_library()) is not None:
-        drawn = gumbel_argmax(library, logits.contiguous(), batch.seeds, positions.contiguous(), Stream.TARGET)
-        return torch.where(batch.greedy, logits.argmax(dim=1), drawn)
+        return _drawn_on_cpu(library, logits, batch, positions)
     if logits.device.type == "cuda":
         from gorgon_engine.kernels.triton.gumbel_argmax import gumbel_argmax as fused_gumbel_argmax
 
@@ -251,3 +301,20 @@ def sample(logits: Tensor, batch: SamplingBatch, positions: Tensor) -> Tensor:
         return fused_gumbel_argmax(logits.contiguous(), ones_and_zeros, batch.seeds, positions, Stream.TARGET)
     noise = gumbel_noise(batch.seeds, positions, logits.shape[1])
     return torch.where(batch.greedy[:, None], logits, logits + noise).argmax(dim=1)
+
+
+def _drawn_on_cpu(library: NativeLibrary, logits: Tensor, batch: SamplingBatch, positions: Tensor) -> Tensor:
+    drawn = (~batch.greedy).nonzero()[:, 0]
+    if drawn.numel() == logits.shape[0]:
+        return gumbel_argmax(library, logits.contiguous(), batch.seeds, positions.contiguous(), Stream.TARGET)
+    tokens = _argmax(logits)
+    tokens[drawn] = gumbel_argmax(library, logits[drawn], batch.seeds[drawn], positions[drawn], Stream.TARGET)
+    return tokens
+
+
+def _argmax(logits: Tensor) -> Tensor:
+    """The largest of each row [R, V] -> [R] int64, the lowest id among equals."""
+    if logits.device.type == "cpu":
+        # numpy's is vectorised, torch's is not: ten times as fast over a vocabulary.
+        return torch.from_numpy(logits.detach().numpy().argmax(axis=1))
+    return logits.argmax(dim=1)

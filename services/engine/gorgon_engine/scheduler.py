@@ -2,259 +2,310 @@
 
     schedule -> draft -> verify -> accept -> commit
 
-Only this module changes a sequence's status.
+A step of the engine is one decoding step of everything that runs, then one bounded portion of the prompts that are in
+their slots already, so that a long prompt never holds up the others for long. Only this module changes a sequence's
+status, and every sequence that was submitted ends with exactly one terminal event.
 """
 
+import logging
 import time
-from collections import deque
 from dataclasses import dataclass
-from functools import partial
-
-import torch
 
 from gorgon_engine.acceptance import AcceptanceRule
 from gorgon_engine.batch import RunningBatch
-from gorgon_engine.budget import TreeBudget
-from gorgon_engine.events import Event, FinishedEvent, TokenEvent
-from gorgon_engine.sampling import SamplingBatch, SamplingParams, TokenCounts
-from gorgon_engine.sequence import FinishReason, Sequence, Status
-from gorgon_engine.step import SpeculativeStep, StepResult, Wanted
-from gorgon_protocol.metrics import Usage
+from gorgon_engine.budget import CostlyDrafting, TreeBudget
+from gorgon_engine.emission import CANCELLED, Ending, emit, ended_before, finished_event
+from gorgon_engine.events import Event, FailedEvent, StatusEvent
+from gorgon_engine.planning import begin_sampling, plan_chunks, wanted_of
+from gorgon_engine.queue import FairQueue
+from gorgon_engine.sampling import SamplingParams
+from gorgon_engine.sequence import Sequence, Status
+from gorgon_engine.step import SpeculativeStep, StepResult
+from gorgon_protocol.errors import BadRequestError, DeadlineError, GorgonError, QueueFullError
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
 class _Group:
-    """Running sequences that can share a step: one acceptance rule, all or none penalised, all or none drafted."""
+    """Running sequences that share a pass: those of one acceptance rule."""
 
     sequences: list[Sequence]
     batch: RunningBatch
 
 
-class _CancelledError(Exception):
-    """A request was cancelled while its prompt was running."""
+@dataclass(frozen=True, slots=True)
+class SchedulerLimits:
+    """What a scheduler keeps to."""
+
+    chunk_size: int  # positions of prompts that one pass runs while nothing else does
+    max_waiting: int  # sequences that wait, beside those for whom a slot is free
 
 
 class Scheduler:
     """Admits waiting sequences while there are KV slots, steps the running ones, retires the finished ones."""
 
-    def __init__(
-        self, step: SpeculativeStep, budget: TreeBudget, *, chunk_size: int, eos_token_ids: frozenset[int]
-    ) -> None:
+    def __init__(self, step: SpeculativeStep, budget: TreeBudget, limits: SchedulerLimits) -> None:
         self._step = step
         self._budget = budget
-        self._chunk_size = chunk_size
-        self._eos_token_ids = eos_token_ids
-        self._waiting: deque[Sequence] = deque()
-        self._groups: dict[tuple[AcceptanceRule, bool, bool], _Group] = {}
+        self._limits = limits
+        self._queue = FairQueue()
+        self._ended_before: list[tuple[Sequence, Ending]] = []
+        self._prefilling: list[Sequence] = []  # in order of admission
+        self._groups: dict[AcceptanceRule, _Group] = {}
+        self._open: dict[str, Sequence] = {}
         self._cancelled: set[str] = set()
+        self._drafters_epoch = 0
 
     @property
     def num_running(self) -> int:
-        return sum(len(group.sequences) for group in self._groups.values())
+        """Sequences in a slot."""
+        return len(self._prefilling) + self._num_decoding
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting)
+        return len(self._queue)
+
+    @property
+    def num_committed(self) -> int:
+        """Positions of the KV cache in use."""
+        return sum(s.committed_length for s in self._open.values() if s.status in (Status.PREFILL, Status.RUNNING))
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do anything."""
+        return bool(self._open)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether another sequence would be taken."""
+        return len(self._queue) < self._limits.max_waiting + self._step.cache.num_free_slots
+
+    @property
+    def _num_decoding(self) -> int:
+        return sum(len(group.sequences) for group in self._groups.values())
 
     def submit(self, sequence: Sequence) -> None:
+        """Queue a sequence. Raises `QueueFullError`, and `BadRequestError` for an id that is in use."""
+        request = sequence.request
         assert sequence.status is Status.WAITING
-        self._waiting.append(sequence)
+        if request.id in self._open:
+            raise BadRequestError(f"request id {request.id} is in use: give every open request an id of its own")
+        ending = ended_before(sequence, self._step.cache.capacity)
+        if ending is not None:
+            self._ended_before.append((sequence, ending))
+        elif self.has_room:
+            self._queue.push(sequence)
+        else:
+            raise QueueFullError(f"{len(self._queue)} requests wait already, which is the most: try again later")
+        self._open[request.id] = sequence
 
     def cancel(self, request_id: str) -> None:
         """End a request at the next step; unknown or finished ids are ignored."""
         self._cancelled.add(request_id)
 
+    def drafters_changed(self, costly: CostlyDrafting | None) -> None:
+        """The step has other drafters, which know nothing of what is running. costly: what those of them cost that run
+        a network."""
+        self._budget.start_over(costly)
+        self._drafters_epoch += 1
+
     def step(self) -> list[Event]:
-        """Admit what fits, run one step of everything that is running, and report."""
+        """One decoding step of what runs, one portion of the prompts that came, and the reports."""
         events = self.drop_cancelled()
-        while self._waiting and self._step.cache.num_free_slots:
-            events += self._admit(self._waiting.popleft())
-        for key, group in list(self._groups.items()):
-            events += self._advance(group)
-            if not group.sequences:
-                del self._groups[key]
+        batch_size = self._num_decoding
+        for group in list(self._groups.values()):
+            self._advance(group, batch_size, events)
+        self._admit()
+        self._expire(events)
+        self._prefill(events)
+        self._tell_positions(events)
         return events
 
     def abort(self) -> list[Event]:
         """End everything, with what was produced."""
-        self._cancelled |= {s.request.id for s in self._waiting}
-        self._cancelled |= {s.request.id for g in self._groups.values() for s in g.sequences}
+        self._cancelled |= self._open.keys()
         return self.drop_cancelled()
 
     def drop_cancelled(self) -> list[Event]:
-        """End the cancelled requests now instead of at the next step."""
+        """End now what was cancelled, or was over before it began, instead of at the next step."""
+        events: list[Event] = []
+        for sequence, ending in self._ended_before:
+            self._finish(sequence, ending, events)
+        self._ended_before.clear()
         if not self._cancelled:
-            return []
-        events: list[Event] = []
-        for sequence in [s for s in self._waiting if s.request.id in self._cancelled]:
-            self._waiting.remove(sequence)
-            events.append(self._finish(sequence, FinishReason.CANCELLED, None))
-        for key, group in list(self._groups.items()):
-            gone = [s for s in group.sequences if s.request.id in self._cancelled]
-            events += [self._finish(s, FinishReason.CANCELLED, None) for s in gone]
-            if gone:
-                self._retire(group)
-            if not group.sequences:
-                del self._groups[key]
+            return events
+        gone = [self._open[request_id] for request_id in self._cancelled if request_id in self._open]
         self._cancelled.clear()
+        for sequence in gone:
+            if sequence.status is Status.WAITING:
+                self._queue.remove(sequence)
+            self._finish(sequence, CANCELLED, events)
+        self._retire()
         return events
 
-    def _admit(self, sequence: Sequence) -> list[Event]:
-        request, cache = sequence.request, self._step.cache
-        params = [request.sampling]
-        device, vocab_size = self._step.backbone.device, self._step.backbone.config.vocab_size
-        sampling = SamplingBatch.of(params, vocab_size=vocab_size, device=device)
-        counts = _fresh_counts(request.prompt, vocab_size, device) if request.sampling.penalised else None
-        sequence.slot = cache.acquire()
-        sequence.status = Status.RUNNING
+    def _expire(self, events: list[Event]) -> None:
+        for sequence in self._queue.overdue():
+            self._queue.remove(sequence)
+            limit = sequence.request.timeout_seconds
+            error = DeadlineError(f"no slot was free within {limit:g} seconds: try again later, or allow more time")
+            self._fail(sequence, error, events)
+
+    def _admit(self) -> None:
+        """A slot for each of those that wait, as far as there are any."""
+        while self._queue and self._step.cache.num_free_slots:
+            sequence = self._queue.pop()
+            sequence.slot = self._step.cache.acquire()
+            sequence.status = Status.PREFILL
+            sequence.admitted_at = time.perf_counter()
+            sequence.drafters_epoch = self._drafters_epoch
+            self._prefilling.append(sequence)
+
+    def _advance(self, group: _Group, batch_size: int, events: list[Event]) -> None:
+        """One step of a group."""
+        sequences = list(group.sequences)
         try:
-            result = self._step.prefill(
-                sequence.slot,
-                request.prompt,
-                sampling,
-                counts,
-                chunk_size=self._chunk_size,
-                wanted=_wanted([sequence], self._budget),
-                check=partial(self._raise_if_cancelled, request.id),
+            result = self._step.run(
+                group.batch,
+                self._budget.choose(sequences),
+                max_length=max(s.committed_length for s in sequences),
+                rule=_rule_of(sequences[0]),
+                wanted=wanted_of(sequences, self._drafters_epoch, costly=self._budget.wants_costly(len(sequences))),
             )
-        except _CancelledError:
-            cache.release(sequence.slot)
-            self._cancelled.discard(request.id)
-            return [self._finish(sequence, FinishReason.CANCELLED, None)]
+            self._budget.observe(sequences, result)
+            group.batch = result.batch
+            self._emit(sequences, result, batch_size, events)
+        except Exception as error:  # whatever breaks here must end these sequences, and no others
+            self._fail_all(sequences, error, events)
         except BaseException:
-            # Also Ctrl-C: the slot must not leak, and the sequence goes back to where it was.
-            cache.release(sequence.slot)
-            sequence.status = Status.WAITING
-            self._waiting.appendleft(sequence)
+            self._give_up(sequences)
             raise
-        key = (request.speculation.acceptance, counts is not None, request.speculation.enabled)
-        group = self._groups.get(key)
-        if group is None or not group.sequences:  # all of it has ended in this very step: its rows are nobody's
-            group = self._groups[key] = _Group([sequence], result.batch)
-        else:
-            group.sequences.append(sequence)
-            group.batch = group.batch.join(result.batch, _params(group))
-        return self._emit(group, [sequence], result)
+        self._retire()
 
-    def _raise_if_cancelled(self, request_id: str) -> None:
-        if request_id in self._cancelled:
-            raise _CancelledError
+    def _prefill(self, events: list[Event]) -> None:
+        """One portion of the prompts that are in their slots."""
+        if not self._prefilling:
+            return
+        decoding = self._num_decoding
+        most = self._limits.chunk_size
+        portion = min(self._budget.prefill_rows(decoding), most) if decoding else most
+        taken = plan_chunks(self._prefilling, portion, drafters_epoch=self._drafters_epoch)
+        sequences, chunks = [sequence for sequence, _ in taken], [chunk for _, chunk in taken]
+        ended = [sequence for sequence, chunk in taken if chunk.is_last]
+        try:
+            sampling, counts = begin_sampling(ended, self._step.backbone)
+            costly = self._budget.wants_costly(decoding + len(ended))
+            wanted = wanted_of(ended, self._drafters_epoch, costly=costly)
+            result = self._step.prefill(chunks, sampling, counts, wanted=wanted)
+            for sequence, chunk in taken:
+                sequence.num_prefilled = chunk.stop
+                if not chunk.is_last:
+                    progress = chunk.stop / len(chunk.tokens)
+                    events.append(StatusEvent(sequence.request.id, "prefill", progress=progress))
+            if result is not None:
+                for sequence in ended:
+                    sequence.status = Status.RUNNING
+                self._prefilling = [s for s in self._prefilling if s.status is Status.PREFILL]
+                self._emit(ended, result, decoding + len(ended), events)
+                self._join(ended, result.batch)
+        except Exception as error:  # as in _advance
+            self._fail_all(sequences, error, events)
+        except BaseException:
+            self._give_up(sequences)
+            raise
+        self._retire()
 
-    def _advance(self, group: _Group) -> list[Event]:
-        sequences = group.sequences
-        if not sequences:
-            return []
-        num_nodes = self._budget.choose(sequences)
-        result = self._step.run(
-            group.batch,
-            num_nodes,
-            max_length=max(s.committed_length for s in sequences),
-            rule=sequences[0].request.speculation.acceptance,
-            wanted=_wanted(sequences, self._budget),
-        )
-        self._budget.observe(sequences, result)
-        group.batch = result.batch
-        return self._emit(group, list(sequences), result)
+    def _join(self, sequences: list[Sequence], batch: RunningBatch) -> None:
+        """Put those that have begun, and not ended at once, in the groups that they run with."""
+        rules = dict.fromkeys(_rule_of(s) for s in sequences if s.status is Status.RUNNING)
+        for rule in rules:
+            rows = [r for r, s in enumerate(sequences) if s.status is Status.RUNNING and _rule_of(s) is rule]
+            joined = [sequences[row] for row in rows]
+            added = batch.select(rows, _params(joined))
+            group = self._groups.get(rule)
+            if group is None:
+                self._groups[rule] = _Group(joined, added)
+            else:
+                group.batch = group.batch.join(added, _params([*group.sequences, *joined]))
+                group.sequences += joined
 
-    def _emit(self, group: _Group, stepped: list[Sequence], result: StepResult) -> list[Event]:
-        events: list[Event] = []
-        for row, sequence in enumerate(stepped):
+    def _emit(self, sequences: list[Sequence], result: StepResult, batch_size: int, events: list[Event]) -> None:
+        rate = self._budget.plain_tokens_per_second(batch_size)
+        for row, sequence in enumerate(sequences):
             sequence.path_probs = result.path_probs[row]
-            events += self._take_tokens(sequence, row, result)
-        if any(s.status is Status.FINISHED for s in group.sequences):
-            self._retire(group)
-        return events
-
-    def _take_tokens(self, sequence: Sequence, row: int, result: StepResult) -> list[Event]:
-        """Append one step's tokens up to the first that ends the sequence."""
-        offered = result.tokens[row]
-        first = not sequence.output
-        stop: str | int | None
-        kept, reason, stop = self._until_stop(sequence, offered)
-        pieces = []
-        for token in kept:
-            pieces.append(sequence.detokenizer.push([token]))
-            if sequence.detokenizer.stopped is not None:
-                reason, stop = FinishReason.STOP, sequence.detokenizer.stopped
-                break
-        kept = kept[: len(pieces)]
-        sequence.output += kept
-        sequence.last_token_at = time.perf_counter()
-        if first:
-            sequence.first_token_at = sequence.last_token_at
-        else:
-            sequence.metrics.record(num_accepted=len(kept) - 1, num_drafted=result.num_drafted[row])
-        events: list[Event] = [
-            TokenEvent(
-                request_id=sequence.request.id,
-                token_ids=kept,
-                pieces=pieces,
-                num_accepted=0 if first else min(len(kept), len(offered) - 1),
-                step=sequence.metrics.num_steps,
-                num_nodes=result.num_drafted[row] + 1,
-                logprobs=result.logprobs[row][: len(kept)] if result.logprobs is not None else None,
-                trace=result.traces[row] if result.traces is not None and sequence.request.trace else None,
-                seconds=result.seconds,
+            emitted = emit(
+                sequence,
+                result,
+                row,
+                capacity=self._step.cache.capacity,
+                batch_size=batch_size,
+                plain_rate=rate,
             )
-        ]
-        if reason is not None:
-            events.append(self._finish(sequence, reason, stop))
-        return events
+            events.append(emitted.event)
+            if emitted.ending is not None:
+                self._finish(sequence, emitted.ending, events)
 
-    def _until_stop(self, sequence: Sequence, offered: list[int]) -> tuple[list[int], FinishReason | None, int | None]:
-        sampling = sequence.request.sampling
-        stops = set(sampling.stop_token_ids) | (set() if sampling.ignore_eos else self._eos_token_ids)
-        room = self._step.cache.capacity - len(sequence.request.prompt) - len(sequence.output)
-        if sampling.max_tokens is not None:
-            room = min(room, sampling.max_tokens - len(sequence.output))
-        for place, token in enumerate(offered[:room]):
-            if token in stops:
-                return offered[: place + 1], FinishReason.STOP, token
-        if len(offered) >= room:
-            return offered[:room], FinishReason.LENGTH, None
-        return offered, None, None
+    def _tell_positions(self, events: list[Event]) -> None:
+        for position, sequence in enumerate(self._queue):
+            if sequence.position != position:
+                sequence.position = position
+                events.append(StatusEvent(sequence.request.id, "queued", position=position))
 
-    def _finish(self, sequence: Sequence, reason: FinishReason, stop: str | int | None) -> FinishedEvent:
+    def _finish(self, sequence: Sequence, ending: Ending, events: list[Event]) -> None:
+        events.append(finished_event(sequence, ending))
+        self._close(sequence)
+
+    def _fail(self, sequence: Sequence, error: GorgonError, events: list[Event]) -> None:
+        events.append(FailedEvent(sequence.request.id, error))
+        self._close(sequence)
+
+    def _fail_all(self, sequences: list[Sequence], cause: Exception, events: list[Event]) -> None:
+        """End the sequences of a pass that broke, those that it had ended already excepted."""
+        _logger.error("a step of %d sequences failed", len(sequences), exc_info=cause)
+        for sequence in sequences:
+            if sequence.status is not Status.FINISHED:
+                error = GorgonError(f"the engine failed in a step ({type(cause).__name__}): try again")
+                error.__cause__ = cause
+                self._fail(sequence, error, events)
+
+    def _close(self, sequence: Sequence) -> None:
+        if sequence.slot >= 0:
+            self._step.cache.release(sequence.slot)
+            sequence.slot = -1
         sequence.status = Status.FINISHED
-        prompt, output = len(sequence.request.prompt), len(sequence.output)
-        ttft = None if sequence.first_token_at is None else sequence.first_token_at - sequence.arrived_at
-        return FinishedEvent(
-            request_id=sequence.request.id,
-            text=sequence.detokenizer.finish(),
-            finish_reason=reason,
-            stop=stop,
-            usage=Usage(prompt_tokens=prompt, completion_tokens=output, total_tokens=prompt + output),
-            metrics=sequence.metrics.summary(),
-            tokens_per_second=sequence.tokens_per_second,
-            ttft_seconds=ttft,
-        )
+        del self._open[sequence.request.id]
 
-    def _retire(self, group: _Group) -> None:
-        """Free the slots of finished sequences and drop their rows from the batch."""
-        rows = [row for row, s in enumerate(group.sequences) if s.status is not Status.FINISHED]
-        for sequence in group.sequences:
-            if sequence.status is Status.FINISHED:
+    def _retire(self) -> None:
+        """Drop the rows of finished sequences from the batches."""
+        self._prefilling = [s for s in self._prefilling if s.status is Status.PREFILL]
+        for rule, group in list(self._groups.items()):
+            rows = [row for row, s in enumerate(group.sequences) if s.status is not Status.FINISHED]
+            if len(rows) == len(group.sequences):
+                continue
+            group.sequences = [group.sequences[row] for row in rows]
+            if rows:
+                group.batch = group.batch.select(rows, _params(group.sequences))
+            else:
+                self._groups.pop(rule)
+
+    def _give_up(self, sequences: list[Sequence]) -> None:
+        """Ctrl-C in the middle of a pass. Prompts begin again, if nobody cancels them; of what was decoding the last
+        tokens may be lost, so that it can only end."""
+        for sequence in reversed(sequences):
+            if sequence.status is Status.PREFILL:
                 self._step.cache.release(sequence.slot)
-        group.sequences = [group.sequences[row] for row in rows]
-        if rows:
-            group.batch = group.batch.select(rows, _params(group))
+                sequence.slot, sequence.num_prefilled, sequence.status = -1, 0, Status.WAITING
+                self._queue.push_front(sequence)
+            elif sequence.status is Status.RUNNING:
+                self._cancelled.add(sequence.request.id)
+        self._prefilling = [s for s in self._prefilling if s.status is Status.PREFILL]
 
 
-def _params(group: _Group) -> list[SamplingParams]:
-    return [s.request.sampling for s in group.sequences]
+def _rule_of(sequence: Sequence) -> AcceptanceRule:
+    """Without guesses all rules are one."""
+    speculation = sequence.request.speculation
+    return speculation.acceptance if speculation.may_draft else AcceptanceRule.LOSSLESS
 
 
-def _wanted(sequences: list[Sequence], budget: TreeBudget) -> Wanted:
-    logprobs = [s.request.sampling.logprobs for s in sequences if s.request.sampling.logprobs is not None]
-    return Wanted(
-        num_logprobs=max(logprobs) if logprobs else None,
-        trace=any(s.request.trace for s in sequences),
-        draft=any(s.request.speculation.enabled for s in sequences),
-        costly=budget.wants_costly,
-    )
-
-
-def _fresh_counts(prompt: tuple[int, ...], vocab_size: int, device: torch.device) -> TokenCounts:
-    in_prompt = torch.zeros((1, vocab_size), dtype=torch.bool, device=device)
-    in_prompt[0, list(prompt)] = True
-    return TokenCounts(in_prompt=in_prompt, in_output=torch.zeros((1, vocab_size), dtype=torch.int32, device=device))
+def _params(sequences: list[Sequence]) -> list[SamplingParams]:
+    return [s.request.sampling for s in sequences]

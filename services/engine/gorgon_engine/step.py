@@ -7,8 +7,9 @@ on a GPU the four verbs can be captured whole in a CUDA graph.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,16 +17,15 @@ from torch import Tensor
 from gorgon_engine.acceptance import Acceptance, AcceptanceRule, accept
 from gorgon_engine.backbone.base import Backbone, ForwardInputs, ForwardOutput, LogitsFor
 from gorgon_engine.batch import RunningBatch
-from gorgon_engine.drafters.base import Committed, DraftContext, Drafter, StatefulDrafter
+from gorgon_engine.drafters.base import Committed, Drafter
+from gorgon_engine.drafting import ALL_ROWS, Drafting, DraftRows, round_up, select_rows
 from gorgon_engine.kv_cache import KVCache
 from gorgon_engine.logprobs import TokenLogprobs, gather_logprobs, token_logprobs
 from gorgon_engine.sampling import SamplingBatch, TokenCounts, process_logits, sample
 from gorgon_engine.transfer import read_back, to_device
-from gorgon_engine.tree.tree import TreeBatch, flatten, merge_candidates
+from gorgon_engine.tree.tree import TreeBatch, flatten
 
-# The part of the cache and of the history that a step looks at is rounded up to this many positions, so that a GPU
-# sees few distinct shapes.
-POSITION_BUCKET = 128
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,9 +33,28 @@ class Wanted:
     """What a step should report beside the tokens: each costs some time."""
 
     num_logprobs: int | None = None  # alternatives a token; None = no log-probabilities at all
+    logprob_rows: tuple[int, ...] | None = None  # of the batch, for whom; None = all
     trace: bool = False  # the trees themselves
+    trace_rows: tuple[int, ...] | None = None
     draft: bool = True  # a next tree to verify; False = plain decoding, at no cost
     costly: bool = True  # drafted by the drafters that run a network too
+    rows: DraftRows = ALL_ROWS  # drafted for
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillChunk:
+    """The next part of a prompt, to be run in its slot."""
+
+    slot: int
+    tokens: tuple[int, ...]  # the whole prompt, and what of the answer was said before
+    start: int  # positions that have been run
+    stop: int
+    prompt_length: int  # of the prompt alone
+    remember: bool = True  # tell the drafters with a memory, who have been told of all before it
+
+    @property
+    def is_last(self) -> bool:
+        return self.stop == len(self.tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +88,8 @@ class StepResult:
     tokens: list[list[int]]  # emitted: accepted drafts in path order, then the bonus token
     num_drafted: list[int]  # nodes verified, the root not counted
     path_probs: list[list[float]]  # of the next tree's candidates, descending
-    logprobs: list[list[TokenLogprobs]] | None
-    traces: list[TreeTrace] | None
+    logprobs: list[list[TokenLogprobs] | None] | None
+    traces: list[TreeTrace | None] | None
     seconds: StepSeconds
     drafted: bool = False  # a next tree was looked for,
     drafted_costly: bool = False  # and by the drafters that run a network too
@@ -81,21 +100,18 @@ class SpeculativeStep:
     of tokens and what drafters remember, which lie beside the KV cache and are indexed like it."""
 
     def __init__(
-        self, backbone: Backbone, cache: KVCache, drafters: Sequence[Drafter], *, max_nodes: int, max_depth: int
+        self, backbone: Backbone, cache: KVCache, drafters: Iterable[Drafter], *, max_nodes: int, max_depth: int
     ) -> None:
         assert max_nodes <= cache.max_scratch
         self.backbone = backbone
         self.cache = cache
-        num_positions = cache.keys.shape[3]
-        self.drafters = tuple(
-            drafter.for_slots(cache.num_slots, num_positions) if isinstance(drafter, StatefulDrafter) else drafter
-            for drafter in drafters
-        )
         self.max_nodes = max_nodes
         self.max_depth = max_depth
-        # Nobody has to remember anything where nothing is ever drafted.
-        self._stateful = [d for d in self.drafters if isinstance(d, StatefulDrafter) and max_nodes > 1]
-        self._history = torch.zeros((cache.num_slots, num_positions + 1), dtype=torch.int64, device=backbone.device)
+        self.drafting = Drafting(drafters, cache, max_nodes=max_nodes, max_depth=max_depth)
+
+    @property
+    def drafters(self) -> tuple[Drafter, ...]:
+        return self.drafting.drafters
 
     @torch.inference_mode()
     def run(
@@ -122,60 +138,126 @@ class SpeculativeStep:
         after = self.commit(batch, verified, accepted)
         commit_seconds = clock.lap()
         if wanted.draft:
-            self.observe(batch, verified, accepted)
-            after = self.draft(after, max_length + accepted.tokens.shape[1], costly=wanted.costly)
+            self.observe(batch, verified, accepted, wanted.rows)
+        after = self.draft(after, max_length + accepted.tokens.shape[1], wanted)
         seconds = StepSeconds(clock.lap(), verify_seconds, accept_seconds, commit_seconds)
         return _read(after, tree, accepted, verified.logits, wanted, seconds)
 
     @torch.inference_mode()
     def prefill(
         self,
-        slot: int,
-        prompt: Sequence[int],
-        sampling: SamplingBatch,
+        chunks: Sequence[PrefillChunk],
+        sampling: SamplingBatch | None,
         counts: TokenCounts | None,
         *,
-        chunk_size: int,
         wanted: Wanted,
-        check: Callable[[], None],
-    ) -> StepResult:
-        """Run a prompt into its slot, sample the first token, which becomes the root, and draft its first tree.
+    ) -> StepResult | None:
+        """Run the next parts of some prompts, in one pass where they fit together.
 
-        `check` is called between chunks and may raise to give up.
+        Of those that end with it the first token is sampled, which becomes the root, and the first tree drafted: the
+        result has a row for each of them, in their order, and so have `sampling`, `counts` and `wanted.rows`. None
+        where no prompt ends.
         """
+        outputs = self._run_chunks(chunks)
+        ended = [place for place, chunk in enumerate(chunks) if chunk.is_last]
+        batch = None
+        if ended:
+            assert sampling is not None, "prompts that end are sampled from"
+            batch = self._first_tokens([chunks[i] for i in ended], [outputs[i] for i in ended], sampling, counts)
+        if self.drafting.is_remembering:
+            for chunk, output in zip(chunks, outputs, strict=True):
+                if chunk.remember:
+                    self._observe_prompt(chunk, output)
+        if batch is None:
+            return None
+        ones = torch.ones_like(batch.root_tokens)
+        root = flatten(batch.root_tokens, None, ones, 1)
+        first = Acceptance(path=root.depths, tokens=root.tokens, num_committed=ones)
+        logits = torch.cat([outputs[place].logits for place in ended])
+        drafted = self.draft(batch, max(len(chunks[place].tokens) for place in ended), wanted)
+        return _read(drafted, root, first, logits, wanted, StepSeconds())
+
+    def _run_chunks(self, chunks: Sequence[PrefillChunk]) -> list[ForwardOutput]:
+        """What the backbone makes of each chunk: hidden states [1, n, C], and logits [1, 1, V] where it is a last."""
+        outputs: dict[int, ForwardOutput] = {}
+        for places in self._passes(chunks):
+            together = [chunks[place] for place in places]
+            output = self._forward(together)
+            for row, (place, chunk) in enumerate(zip(places, together, strict=True)):
+                hidden = output.hidden[row : row + 1, : chunk.stop - chunk.start]
+                outputs[place] = ForwardOutput(hidden, output.logits[row : row + 1])
+        return [outputs[place] for place in range(len(chunks))]
+
+    def _passes(self, chunks: Sequence[PrefillChunk]) -> list[list[int]]:
+        """Which chunks run together: one pass, but for those whose padding would leave their slot."""
+        widest = max(chunk.stop - chunk.start for chunk in chunks)
+        fit = [i for i, chunk in enumerate(chunks) if chunk.start + widest <= self.cache.num_positions]
+        alone = [[i] for i in range(len(chunks)) if i not in fit]
+        return [fit, *alone] if fit else alone
+
+    def _forward(self, chunks: Sequence[PrefillChunk]) -> ForwardOutput:
+        """Hidden states [B, N, C] of the chunks' positions and, where a prompt ends, logits [B, 1, V] of the last."""
         device = self.backbone.device
-        tokens = torch.tensor(prompt, dtype=torch.int64, device=device)
-        self._history[slot, : len(prompt)] = tokens
-        for start in range(0, len(prompt), chunk_size):
-            check()
-            chunk = tokens[start : start + chunk_size]
-            inputs = ForwardInputs.chain(chunk, slot=slot, length=start, prompt_length=len(prompt))
-            last = start + chunk_size >= len(prompt)
-            output = self.backbone.forward(inputs, self.cache, logits_for=LogitsFor.LAST if last else LogitsFor.NONE)
-            self.cache.append(slot, chunk.shape[0])
-            if wanted.draft and not last:
-                self._observe_prompt(slot, start, output)
-        position = torch.tensor([len(prompt)], device=device)
-        token = sample(process_logits(output.logits[:, -1], sampling, counts), sampling, position)
+        sizes = [chunk.stop - chunk.start for chunk in chunks]
+        width = max(sizes)
+        padded = [(*chunk.tokens[chunk.start : chunk.stop], *[0] * (width - size))
+                  for chunk, size in zip(chunks, sizes, strict=True)]  # fmt: skip
+        for chunk in chunks:
+            if chunk.start == 0:
+                self.drafting.history[chunk.slot, : len(chunk.tokens)] = to_device(chunk.tokens, device)
+        slots, num_rows = to_device([chunk.slot for chunk in chunks], device), to_device(sizes, device)
+        inputs = ForwardInputs(
+            tokens=to_device([token for row in padded for token in row], device).view(len(chunks), width),
+            depths=torch.arange(width, device=device).expand(len(chunks), -1),
+            slots=slots,
+            lengths=to_device([chunk.start for chunk in chunks], device),
+            num_rows=num_rows,
+            prompt_lengths=to_device([chunk.prompt_length for chunk in chunks], device),
+            max_positions=max(chunk.start for chunk in chunks) + width,
+        )
+        ends = any(chunk.is_last for chunk in chunks)
+        output = self.backbone.forward(inputs, self.cache, logits_for=LogitsFor.LAST if ends else LogitsFor.NONE)
+        self.cache.append(slots, num_rows)
+        return output
+
+    def _first_tokens(
+        self,
+        chunks: Sequence[PrefillChunk],
+        outputs: Sequence[ForwardOutput],
+        sampling: SamplingBatch,
+        counts: TokenCounts | None,
+    ) -> RunningBatch:
+        """The state of prompts that have ended."""
+        device = self.backbone.device
+        slots = to_device([chunk.slot for chunk in chunks], device)
+        positions = to_device([len(chunk.tokens) for chunk in chunks], device)
+        logits = torch.cat([output.logits[:, -1] for output in outputs])
+        tokens = sample(process_logits(logits, sampling, counts), sampling, positions)
         if counts is not None:
-            counts.add(token, torch.ones_like(token, dtype=torch.bool))
-        self._history[slot, len(prompt)] = token[0]
-        batch = RunningBatch(
-            slots=torch.tensor([slot], device=device),
-            prompt_lengths=position,
-            root_tokens=token,
-            hidden=output.hidden[:, -1],
+            counts.add(tokens, torch.ones_like(tokens, dtype=torch.bool))
+        self.drafting.history[slots, positions] = tokens
+        return RunningBatch(
+            slots=slots,
+            prompt_lengths=to_device([chunk.prompt_length for chunk in chunks], device),
+            root_tokens=tokens,
+            hidden=torch.cat([output.hidden[:, -1] for output in outputs]),
             sampling=sampling,
             counts=counts,
             candidates=None,
         )
-        root = flatten(token, None, torch.ones_like(token), 1)
-        first = Acceptance(path=root.depths, tokens=token[:, None], num_committed=torch.ones_like(token))
-        drafted = batch
-        if wanted.draft:
-            self._observe_prompt(slot, start, output)  # the last chunk, which the root follows
-            drafted = self.draft(batch, len(prompt), costly=wanted.costly)
-        return _read(drafted, root, first, output.logits[:, -1:], wanted, StepSeconds())
+
+    def _observe_prompt(self, chunk: PrefillChunk, output: ForwardOutput) -> None:
+        """Once the token behind it is in the history."""
+        device = self.backbone.device
+        self.drafting.observe(
+            Committed(
+                slots=to_device([chunk.slot], device),
+                starts=to_device([chunk.start], device),
+                hidden=output.hidden,
+                next_tokens=self.drafting.history[chunk.slot, chunk.start + 1 : chunk.stop + 1].clone()[None],
+                counts=to_device([chunk.stop - chunk.start], device),
+            )
+        )
 
     def verify(self, batch: RunningBatch, tree: TreeBatch, max_length: int) -> ForwardOutput:
         """One pass of the backbone over all nodes; their keys and values go to scratch behind the committed length."""
@@ -186,7 +268,7 @@ class SpeculativeStep:
             lengths=self.cache.lengths[batch.slots],
             num_rows=tree.num_nodes,
             prompt_lengths=batch.prompt_lengths,
-            max_positions=min(_round_up(max_length + tree.tokens.shape[1]), self.cache.keys.shape[3]),
+            max_positions=min(round_up(max_length + tree.tokens.shape[1]), self.cache.num_positions),
             ancestors=tree.ancestors,
         )
         return self.backbone.forward(inputs, self.cache)
@@ -209,7 +291,7 @@ class SpeculativeStep:
         lengths = self.cache.lengths[batch.slots]
         self.cache.commit(batch.slots, accepted.path, accepted.num_committed)
         places = torch.arange(1, accepted.tokens.shape[1] + 1, device=lengths.device)
-        self._history[batch.slots[:, None], lengths[:, None] + places] = accepted.tokens
+        self.drafting.history[batch.slots[:, None], lengths[:, None] + places] = accepted.tokens
         last = accepted.num_committed - 1
         return replace(
             batch,
@@ -217,10 +299,11 @@ class SpeculativeStep:
             hidden=verified.hidden[rows, accepted.path[rows, last]],
         )
 
-    def observe(self, batch: RunningBatch, verified: ForwardOutput, accepted: Acceptance) -> None:
-        """Tell the drafters that remember what was committed, also in steps in which they do not draft: else their
-        memory had gaps. Sequences that do not speculate never get here. batch: its slots count."""
-        if not self._stateful:
+    def observe(
+        self, batch: RunningBatch, verified: ForwardOutput, accepted: Acceptance, chosen: DraftRows = ALL_ROWS
+    ) -> None:
+        """Tell the drafters that remember what was committed of the sequences that they know. batch: its slots."""
+        if not self.drafting.is_remembering or chosen.known == ():
             return
         rows = torch.arange(batch.slots.shape[0], device=batch.slots.device)[:, None]
         committed = Committed(
@@ -230,43 +313,14 @@ class SpeculativeStep:
             next_tokens=accepted.tokens,
             counts=accepted.num_committed,
         )
-        for drafter in self._stateful:
-            drafter.observe(committed)
+        self.drafting.observe(select_rows(committed, chosen.known))
 
-    def _observe_prompt(self, slot: int, start: int, output: ForwardOutput) -> None:
-        """The chunk of a prompt from `start` on, once the token behind it is in the history."""
-        if not self._stateful:
-            return
-        count, device = output.hidden.shape[1], self.backbone.device
-        committed = Committed(
-            slots=torch.tensor([slot], device=device),
-            starts=torch.tensor([start], device=device),
-            hidden=output.hidden,
-            next_tokens=self._history[slot, start + 1 : start + count + 1].clone()[None],
-            counts=torch.tensor([count], device=device),
-        )
-        for drafter in self._stateful:
-            drafter.observe(committed)
-
-    def draft(self, batch: RunningBatch, max_length: int, *, costly: bool = True) -> RunningBatch:
-        """Guess continuations of every root, best first. costly: by the drafters that run a network too."""
-        drafters = [drafter for drafter in self.drafters if costly or not drafter.is_costly]
-        if not drafters or self.max_nodes == 1:
-            return replace(batch, candidates=None)
-        bound = min(_round_up(max_length + 1), self._history.shape[1])
-        context = DraftContext(
-            root_tokens=batch.root_tokens,
-            hidden=batch.hidden,
-            history=self._history[batch.slots, :bound],
-            history_lengths=self.cache.lengths[batch.slots] + 1,
-            seeds=batch.sampling.seeds,
-            slots=batch.slots,
-        )
-        forests = [drafter.propose(context, self.max_nodes - 1) for drafter in drafters]
-        # On a CPU a look at the guesses costs nothing: where there are none, the next step is a plain one at no cost.
-        if batch.slots.device.type == "cpu" and not any(bool((f.log_probs > -torch.inf).any()) for f in forests):
-            return replace(batch, candidates=None)
-        candidates = merge_candidates(forests, max_nodes=self.max_nodes, max_depth=self.max_depth)
+    def draft(self, batch: RunningBatch, max_length: int, wanted: Wanted | None = None) -> RunningBatch:
+        """Guess continuations of the roots, best first. max_length: the host's bound of the committed lengths."""
+        wanted = wanted or Wanted()
+        candidates = None
+        if wanted.draft:
+            candidates = self.drafting.propose(batch, max_length, wanted.rows, costly=wanted.costly)
         return replace(batch, candidates=candidates)
 
 
@@ -286,7 +340,8 @@ def _read(
             tensors[name] = getattr(tree, name)
         tensors["node_tokens"], tensors["path"] = tree.tokens, accepted.path
     if wanted.num_logprobs is not None:
-        tensors |= gather_logprobs(logits, accepted, wanted.num_logprobs)
+        chosen = None if wanted.logprob_rows is None else to_device(wanted.logprob_rows, logits.device)
+        tensors |= gather_logprobs(logits, accepted, wanted.num_logprobs, chosen)
     read = read_back(tensors)
     num_committed = [int(n) for n in read["num_committed"]]
     tokens = [[int(t) for t in row[:n]] for row, n in zip(read["tokens"].tolist(), num_committed, strict=True)]
@@ -296,12 +351,21 @@ def _read(
         tokens=tokens,
         num_drafted=[int(n) - 1 for n in read["num_nodes"]],
         path_probs=read["path_probs"].tolist() if "path_probs" in read else [[] for _ in rows],
-        logprobs=[token_logprobs(read, row, tokens[row]) for row in rows] if "logprob" in read else None,
-        traces=[_trace(read, row, tree.source_names, num_committed[row]) for row in rows] if wanted.trace else None,
+        logprobs=_of_rows(wanted.logprob_rows, rows, lambda row: token_logprobs(read, row, tokens[row]))
+        if wanted.num_logprobs is not None
+        else None,
+        traces=_of_rows(wanted.trace_rows, rows, lambda row: _trace(read, row, tree.source_names, num_committed[row]))
+        if wanted.trace
+        else None,
         seconds=seconds,
         drafted=wanted.draft,
         drafted_costly=wanted.draft and wanted.costly,
     )
+
+
+def _of_rows(chosen: tuple[int, ...] | None, rows: range, make: Callable[[int], T]) -> list[T | None]:
+    """What each of the chosen rows wants; None for the others."""
+    return [make(row) if chosen is None or row in chosen else None for row in rows]
 
 
 def _trace(read: dict[str, Tensor], row: int, source_names: tuple[str, ...], num_committed: int) -> TreeTrace:
@@ -320,10 +384,6 @@ def _trace(read: dict[str, Tensor], row: int, source_names: tuple[str, ...], num
         sources=[source_names[s] for s in column("sources")],
         accepted=[node in kept for node in range(1, stop)],
     )
-
-
-def _round_up(length: int) -> int:
-    return -(-length // POSITION_BUCKET) * POSITION_BUCKET
 
 
 class _Clock:

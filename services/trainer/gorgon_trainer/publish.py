@@ -12,10 +12,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from gorgon_engine.heads.checkpoint import LATEST_FILE, verify_heads, written_beside
-from gorgon_protocol.errors import HeadsError
-from gorgon_protocol.manifest import MANIFEST_FILE, HeadsManifest
-from gorgon_trainer.files import written_whole
-from gorgon_trainer.store import (
+from gorgon_engine.heads.store import (
     Location,
     backbone_folder,
     check_backbone_folder,
@@ -24,6 +21,9 @@ from gorgon_trainer.store import (
     read_latest,
     store_errors,
 )
+from gorgon_protocol.errors import HeadsError
+from gorgon_protocol.manifest import MANIFEST_FILE, HeadsManifest
+from gorgon_trainer.files import written_whole
 
 NEXT_VERSION = "next"  # in place of a version: the store's next number
 

@@ -25,11 +25,12 @@ from gorgon_engine.heads.native import pack_for_cpu
 from gorgon_engine.kv_cache import KVCache
 from gorgon_engine.models.identity import backbone_identity
 from gorgon_engine.models.loading import Quantization
-from gorgon_engine.sampling import SamplingBatch, SamplingParams
+from gorgon_engine.sampling import SamplingParams
 from gorgon_engine.step import SpeculativeStep, Wanted
 from gorgon_protocol.errors import BadRequestError, HeadsError
 from gorgon_protocol.manifest import BackboneReference, HeadsManifest
 from support.models import VOCAB, tiny_llama
+from support.steps import prefill
 
 CPU = torch.device("cpu")
 
@@ -247,9 +248,8 @@ def decode(backbone: Backbone, drafters: list[Drafter], sampling: SamplingParams
     )
     step = SpeculativeStep(backbone, cache, drafters, max_nodes=16, max_depth=8)
     wanted = Wanted(draft=bool(drafters))
-    rows = SamplingBatch.of([sampling], vocab_size=VOCAB, device=CPU)
     prompt = [5, 9, 33, 9, 5, 60]
-    result = step.prefill(cache.acquire(), prompt, rows, None, chunk_size=8, wanted=wanted, check=lambda: None)
+    result = prefill(step, prompt, sampling, chunk=8, wanted=wanted)
     tokens, accepted = list(result.tokens[0]), 0
     while len(tokens) < 32:
         nodes = 1 + sum(p > 0 for p in result.path_probs[0])

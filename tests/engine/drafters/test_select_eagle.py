@@ -117,6 +117,7 @@ def test_matrices_are_packed_where_the_backbones_are(tmp_path: Path, folder: Pat
         backbone = load(folder, options)
         (drafter,), _ = make_drafters(DrafterKind.HEADS, checkpoint, backbone=backbone, folder=folder)
         assert isinstance(drafter, EagleDrafter)
+        assert (drafter._native is None) == (not isinstance(backbone, NativeBackbone))
         head = drafter._network.head
         assert not isinstance(backbone, NativeBackbone) or not any(
             isinstance(module, torch.nn.Linear) for module in head.modules()

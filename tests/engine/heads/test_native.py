@@ -10,11 +10,22 @@ from torch import nn
 from gorgon_engine.backbone.base import Backbone
 from gorgon_engine.backbone.native_backbone import NativeBackbone
 from gorgon_engine.backbone.select import BackboneOptions, Kernels, load_backbone
-from gorgon_engine.drafters.base import DraftContext
+from gorgon_engine.drafters.base import Committed, DraftContext
+from gorgon_engine.drafters.eagle import EagleDrafter
 from gorgon_engine.drafters.hydra import HydraDrafter
+from gorgon_engine.heads.eagle import EagleHead, EagleShape
 from gorgon_engine.heads.hydra import HydraHead, HydraHeads, HydraShape
-from gorgon_engine.heads.native import PackedHydraHeads, native_hydra, pack_for_cpu
+from gorgon_engine.heads.native import (
+    PackedEagleHead,
+    PackedHydraHeads,
+    native_eagle,
+    native_hydra,
+    pack_eagle_for_cpu,
+    pack_for_cpu,
+)
 from gorgon_engine.models.loading import Quantization
+from gorgon_engine.tree.candidates import CandidateTree
+from support.eagle import make_head
 from support.models import VOCAB, tiny_llama
 
 HEADS = 3
@@ -158,3 +169,67 @@ def test_torch_backbones_keep_torch_heads(folder: Path, dtype: torch.dtype) -> N
     assert pack_for_cpu(heads, backbone) is heads
     assert list(heads.modules()) == modules
     assert native_hydra(heads, backbone, None) is None
+
+
+class TestEagle:
+    def head(self, backbone: Backbone) -> EagleHead:
+        shape = EagleShape(backbone.config.hidden_size, 8, 2, 8, 96, rope_theta=500.0, num_heads=HEADS)
+        return make_head(shape, std=0.1)
+
+    def tree(self, drafter: EagleDrafter, backbone: Backbone) -> CandidateTree:
+        """Of two texts of nine positions."""
+        generator = torch.Generator().manual_seed(4)
+        hidden = torch.randn(2, 9, backbone.config.hidden_size, generator=generator)
+        tokens = torch.randint(VOCAB, (2, 10), generator=generator)
+        slots, zeros = torch.tensor([1, 0]), torch.zeros(2, dtype=torch.int64)
+        drafter = drafter.for_slots(2, 20)
+        drafter.observe(Committed(slots, zeros, hidden, tokens[:, 1:], zeros + 9))
+        return drafter.propose(DraftContext(tokens[:, -1], hidden[:, -1], tokens, zeros + 10, zeros, slots), 20)
+
+    def test_every_matrix_is_packed_and_nothing_kept_twice(self, backbone: NativeBackbone) -> None:
+        head = self.head(backbone)
+        norms = {name: gain.clone() for name, gain in head.named_parameters() if name.endswith("norm")}
+        packed = pack_eagle_for_cpu(head.bfloat16(), backbone)
+        assert isinstance(packed, PackedEagleHead)
+        assert packed.shape == head.shape
+        assert not any(isinstance(module, nn.Linear) for module in (*packed.modules(), *head.modules()))
+        left = dict(packed.named_parameters())
+        assert left.keys() == norms.keys()
+        for name, gain in norms.items():
+            assert torch.equal(left[name], gain.bfloat16().float())
+            assert not left[name].requires_grad
+
+    @pytest.mark.parametrize("reduced", [True, False])
+    def test_one_call_drafts_what_the_head_guesses(
+        self, backbone: NativeBackbone, reduced: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        said = torch.arange(3, 40) if reduced else None
+        project = backbone.project if said is None else backbone.project_to(said)
+        options: dict[str, Any] = {"embed": backbone.embed, "draft_vocabulary": said}
+        expected = self.tree(EagleDrafter(self.head(backbone), project=project, **options), backbone)
+        packed = pack_eagle_for_cpu(self.head(backbone), backbone)
+        drafter = EagleDrafter(packed, native=native_eagle(packed, backbone, said), **options)
+        monkeypatch.delattr("gorgon_engine.drafters.eagle.likeliest_tree")
+        tree = self.tree(drafter, backbone)
+        assert (tree.log_probs > -torch.inf).all()
+        if backbone.kind == "fp32":
+            for name in ("tokens", "parents", "ranks"):
+                assert torch.equal(getattr(tree, name), getattr(expected, name))
+        tolerance = {"fp32": 1e-5, "bf16": 0.05, "int8": 0.1}[backbone.kind]
+        torch.testing.assert_close(tree.log_probs, expected.log_probs, atol=tolerance, rtol=tolerance)
+        if said is not None:
+            assert torch.isin(tree.tokens, said).all()
+
+    def test_what_torch_runs_has_no_native_call(self, backbone: NativeBackbone, folder: Path) -> None:
+        head = self.head(backbone)
+        assert native_eagle(head, backbone, None) is None
+        in_torch, _ = load_backbone(folder, BackboneOptions(dtype=torch.float32, kernels=Kernels.TORCH, device="cpu"))
+        assert pack_eagle_for_cpu(head, in_torch) is head
+        assert native_eagle(pack_eagle_for_cpu(head, backbone), in_torch, None) is None
+
+    def test_heads_too_wide_for_the_native_attention_are_run_by_torch(self, backbone: NativeBackbone) -> None:
+        shape = EagleShape(backbone.config.hidden_size, 1, 1, 514, 8, num_heads=1)
+        packed = pack_eagle_for_cpu(make_head(shape), backbone)
+        assert native_eagle(packed, backbone, None) is None
+        drafter = EagleDrafter(packed, embed=backbone.embed, project=backbone.project)
+        assert (self.tree(drafter, backbone).log_probs[:, :8] > -torch.inf).all()

@@ -22,6 +22,17 @@ class DraftContext:
     seeds: Tensor  # [B] int64, for drafters that draw
     slots: Tensor | None = None  # [B] int64, for drafters that remember something of every slot
 
+    def select(self, rows: Tensor) -> "DraftContext":
+        """The given rows [R] int64 only."""
+        return DraftContext(
+            root_tokens=self.root_tokens[rows],
+            hidden=self.hidden[rows],
+            history=self.history[rows],
+            history_lengths=self.history_lengths[rows],
+            seeds=self.seeds[rows],
+            slots=None if self.slots is None else self.slots[rows],
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Committed:

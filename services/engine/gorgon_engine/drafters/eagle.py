@@ -5,7 +5,8 @@ follow from each position's inputs alone (there is one layer), so that what is c
 projection, and no state depends on how the text was split into steps.
 
 On a CPU, where a step in which nothing is drafted must cost next to nothing, what was committed waits until a draft (or
-a new sequence) needs it.
+a new sequence) needs it. On native kernels the dynamic search is one call, and so is what is remembered
+(`kernels/cpu/eagle.py`).
 
 Letters: B sequences, E rows of a sequence, R rows of all of them, W paths in the beam, M choices or positions, S slots,
 G KV heads, P positions of a slot, D head dimension, C hidden size, V tokens that can be drafted.
@@ -23,6 +24,7 @@ from gorgon_engine.drafters.base import Committed, DraftContext
 from gorgon_engine.drafters.beam import BeamLimits, FixedTree, likeliest_tree
 from gorgon_engine.drafters.choices import top_log_probs
 from gorgon_engine.heads.eagle import Angles, EagleHead, Paths, Prefix, Projection
+from gorgon_engine.kernels.cpu.eagle import NativeEagle, NativeEagleMemory
 from gorgon_engine.tree.builders import RankPath
 from gorgon_engine.tree.candidates import CandidateTree
 
@@ -35,7 +37,7 @@ class _Network:
 
     head: EagleHead
     embed: Callable[[Tensor], Tensor]
-    project: Projection
+    project: Projection | None
     draft_vocabulary: Tensor | None
 
     def inputs(self, features: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -45,6 +47,7 @@ class _Network:
 
     def choices(self, features: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """The likeliest tokens at predicted features [B, W, C]: log-probabilities and tokens [B, W, M]."""
+        assert self.project is not None, "what searches with tensor operations needs the backbone's projection"
         log_probs, places = top_log_probs(self.project(features), count)
         return log_probs, places if self.draft_vocabulary is None else self.draft_vocabulary[places]
 
@@ -79,6 +82,11 @@ class _Rows:
         names = ("slots", "positions", "hidden", "next_tokens")
         return cls(*(torch.cat([getattr(part, name) for part in rows]) for name in names))
 
+    def as_committed(self) -> Committed:
+        """Each as a stretch of its own."""
+        counts = torch.ones_like(self.positions)
+        return Committed(self.slots, self.positions, self.hidden[:, None], self.next_tokens[:, None], counts)
+
 
 class _Memory:
     """The keys and values of S slots, and what waits to become such."""
@@ -87,8 +95,20 @@ class _Memory:
         # Zeros, not empty: masked attention multiplies stale rows by zero, and 0 * NaN is NaN.
         self.keys = zeros  # [S, G, P, D]
         self.values = zeros.clone()  # [S, G, P, D]
+        self.native: NativeEagleMemory | None = None  # the same, for native calls
         self.waiting: list[Committed] = []
         self.num_waiting = 0  # rows, padding counted
+
+    @classmethod
+    def of(cls, head: EagleHead, native: NativeEagle | None, num_slots: int, num_positions: int) -> Self:
+        shape, gain = head.shape, head.norm
+        sizes = (num_slots, shape.num_kv_heads, num_positions, shape.head_dim)
+        dtype = gain.dtype if native is None else native.memory_dtype
+        memory = cls(torch.zeros(sizes, dtype=dtype, device=gain.device))
+        if native is not None:
+            angles = head.angles(torch.arange(num_positions + native.max_depth)[None])
+            memory.native = NativeEagleMemory(native, memory.keys, memory.values, angles.cos[0], angles.sin[0])
+        return memory
 
 
 class EagleDrafter:
@@ -102,29 +122,32 @@ class EagleDrafter:
         head: EagleHead,
         *,
         embed: Callable[[Tensor], Tensor],
-        project: Projection,
+        project: Projection | None = None,
         draft_vocabulary: Tensor | None = None,
         paths: Sequence[RankPath] | None = None,
         limits: BeamLimits | None = None,
+        native: NativeEagle | None = None,
     ) -> None:
         """embed: tokens [...] -> embeddings [..., C]. project: features [..., C] -> logits [..., V], the backbone's.
         draft_vocabulary: [V] int64, the token of each row of the projection; None = all tokens. paths: the rank paths
-        of a fixed topology, parents first, best first; None = dynamic.
+        of a fixed topology, parents first, best first; None = dynamic. native: the same head, embeddings and
+        projection, for the dynamic search in one call; None = with tensor operations.
 
         It drafts once it has a memory: see `for_slots`. Raises `BadRequestError` for paths that are no tree or deeper
         than the head drafts.
         """
+        assert native is None or paths is None
+        assert native is not None or project is not None
         self._network = _Network(head, embed, project, draft_vocabulary)
+        self._native = native
         self._fixed = None if paths is None else FixedTree(paths, num_depths=head.num_heads)
         self._limits = limits or BeamLimits()
         self._memory: _Memory | None = None
 
     def for_slots(self, num_slots: int, num_positions: int) -> Self:
         """As `StatefulDrafter.for_slots`; the weights are shared."""
-        shape, gain = self._network.head.shape, self._network.head.norm
-        sizes = (num_slots, shape.num_kv_heads, num_positions, shape.head_dim)
         drafter = copy.copy(self)
-        drafter._memory = _Memory(torch.zeros(sizes, dtype=gain.dtype, device=gain.device))
+        drafter._memory = _Memory.of(self._network.head, self._native, num_slots, num_positions)
         return drafter
 
     @torch.inference_mode()
@@ -134,7 +157,7 @@ class EagleDrafter:
         assert memory is not None, "a drafter observes the sequences of the slots that it was made for"
         on_cpu = committed.hidden.device.type == "cpu"
         # A new sequence may be in the slot of one that ended: no place twice.
-        if on_cpu and not bool(committed.starts.all()):
+        if on_cpu and memory.waiting and not bool(committed.starts.all()):
             self._remember(memory)
         memory.waiting.append(committed)
         memory.num_waiting += committed.next_tokens.numel()
@@ -143,11 +166,25 @@ class EagleDrafter:
 
     def _remember(self, memory: _Memory) -> None:
         """Compute the keys and values of what waits."""
-        if not memory.waiting:
+        waiting = memory.waiting
+        if not waiting:
             return
-        rows = _Rows.of_all(memory.waiting)
-        memory.waiting.clear()
+        if memory.native is None:
+            self._remember_rows(memory, _Rows.of_all(waiting))
+        else:
+            # One alone, as after every step that drafts, is taken as it is.
+            committed = waiting[0] if len(waiting) == 1 else _Rows.of_all(waiting).as_committed()
+            memory.native.observe(
+                slots=committed.slots,
+                starts=committed.starts,
+                counts=committed.counts,
+                hidden=committed.hidden.float().contiguous(),
+                next_tokens=committed.next_tokens.contiguous(),
+            )
+        waiting.clear()
         memory.num_waiting = 0
+
+    def _remember_rows(self, memory: _Memory, rows: _Rows) -> None:
         head = self._network.head
         features, embeddings = self._network.inputs(rows.hidden, rows.next_tokens)
         made = head.rows(features[:, None, None], embeddings[:, None, None], head.angles(rows.positions[:, None]))
@@ -158,26 +195,43 @@ class EagleDrafter:
     @torch.inference_mode()
     def propose(self, context: DraftContext, max_nodes: int) -> CandidateTree:
         """As `Drafter.propose`; the positions before the root have been observed."""
-        beam = self._begin(context)
+        memory = self._memory
+        assert memory is not None, "a drafter drafts for the slots that it was made for"
+        assert context.slots is not None
+        self._remember(memory)
+        if memory.native is not None:
+            return self._in_one_call(memory.native, context, context.slots, max_nodes)
+        beam = self._begin(memory, context, context.slots)
         if self._fixed is not None:
             return self._fixed.follow(beam, context.root_tokens, max_nodes=max_nodes, source=self.name)
         return likeliest_tree(
             beam, num_depths=self._network.head.num_heads, limits=self._limits, max_nodes=max_nodes, source=self.name
         )
 
-    def _begin(self, context: DraftContext) -> "_Beam":
+    def _in_one_call(
+        self, memory: NativeEagleMemory, context: DraftContext, slots: Tensor, max_nodes: int
+    ) -> CandidateTree:
+        trees = memory.draft(
+            slots=slots,
+            lengths=context.history_lengths,
+            hidden=context.hidden.float().contiguous(),
+            root_tokens=context.root_tokens.contiguous(),
+            max_nodes=max_nodes,
+            num_choices=self._limits.num_choices,
+            width=self._limits.width,
+            min_path_prob=self._limits.min_path_prob,
+        )
+        return CandidateTree(**trees._asdict(), source=self.name)
+
+    def _begin(self, memory: _Memory, context: DraftContext, slots: Tensor) -> "_Beam":
         """The layer's step at the last committed position, whose next token is the root."""
-        memory = self._memory
-        assert memory is not None, "a drafter drafts for the slots that it was made for"
-        assert context.slots is not None
-        self._remember(memory)
         head = self._network.head
         last = (context.history_lengths - 2)[:, None]  # [B, 1]
         num_positions = min(context.history.shape[1], memory.keys.shape[2])
         seen = torch.arange(num_positions, device=last.device) <= last  # [B, M]
         prefix = Prefix(
-            keys=memory.keys[:, :, :num_positions].index_select(0, context.slots),
-            values=memory.values[:, :, :num_positions].index_select(0, context.slots),
+            keys=memory.keys[:, :, :num_positions].index_select(0, slots),
+            values=memory.values[:, :, :num_positions].index_select(0, slots),
             mask=seen[:, None],
         )
         angles = head.angles(last + torch.arange(head.num_heads, device=last.device))  # of all depths

@@ -18,7 +18,7 @@ from gorgon_engine.heads.bundled import bundled_heads
 from gorgon_engine.heads.checkpoint import LoadedHeads, Quantization, load_heads, resolve_heads
 from gorgon_engine.heads.eagle import EagleHead
 from gorgon_engine.heads.hydra import HydraHeads, Projection
-from gorgon_engine.heads.native import native_hydra, pack_eagle_for_cpu, pack_for_cpu
+from gorgon_engine.heads.native import native_eagle, native_hydra, pack_eagle_for_cpu, pack_for_cpu
 from gorgon_engine.models.identity import backbone_identity
 from gorgon_engine.tree.builders import RankPath, cartesian_paths, sparse_paths
 from gorgon_engine.tree.tree import MAX_NODES
@@ -123,18 +123,10 @@ def _heads_drafter(loaded: LoadedHeads, backbone: Backbone, tree: HeadsTree, dra
         raise BadRequestError(f"drawn drafts need heads of the medusa family: these are {manifest.family} heads")
     if isinstance(loaded.heads, HydraHeads):
         return _hydra_drafter(loaded.heads, backbone, loaded.draft_vocabulary, paths)
+    if isinstance(loaded.heads, EagleHead):
+        return _eagle_drafter(loaded.heads, backbone, loaded.draft_vocabulary, paths)
     vocabulary = loaded.draft_vocabulary
     project = _projection(backbone, vocabulary)
-    on_cpu = backbone.device.type == "cpu"
-    if isinstance(loaded.heads, EagleHead):
-        return EagleDrafter(
-            pack_eagle_for_cpu(loaded.heads, backbone) if on_cpu else loaded.heads,
-            embed=backbone.embed,
-            project=project,
-            draft_vocabulary=vocabulary,
-            paths=paths,
-            limits=_CPU_LIMITS if on_cpu else BeamLimits(),
-        )
     # The head of offset 1 repeats the root: never computed.
     heads = loaded.heads.select(used)
     if not draw:
@@ -164,6 +156,24 @@ def _hydra_drafter(
     native = native_hydra(heads, backbone, vocabulary) if paths is None else None
     return HydraDrafter(
         heads,
+        embed=backbone.embed,
+        project=_projection(backbone, vocabulary) if native is None else None,  # a copy: not made for nothing
+        draft_vocabulary=vocabulary,
+        paths=paths,
+        limits=_CPU_LIMITS if on_cpu else BeamLimits(),
+        native=native,
+    )
+
+
+def _eagle_drafter(
+    head: EagleHead, backbone: Backbone, vocabulary: Tensor | None, paths: Sequence[RankPath] | None
+) -> EagleDrafter:
+    on_cpu = backbone.device.type == "cpu"
+    if on_cpu:
+        head = pack_eagle_for_cpu(head, backbone)
+    native = native_eagle(head, backbone, vocabulary) if paths is None else None
+    return EagleDrafter(
+        head,
         embed=backbone.embed,
         project=_projection(backbone, vocabulary) if native is None else None,  # a copy: not made for nothing
         draft_vocabulary=vocabulary,

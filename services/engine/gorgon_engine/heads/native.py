@@ -7,11 +7,17 @@ from torch import Tensor, nn
 
 from gorgon_engine.backbone.base import Backbone
 from gorgon_engine.backbone.native_backbone import NativeBackbone
+from gorgon_engine.heads import eagle
 from gorgon_engine.heads.eagle import EagleHead
 from gorgon_engine.heads.hydra import NORM_EPS, HydraHead, HydraHeads, Projection
 from gorgon_engine.kernels.cpu import Kind, NativeLibrary, PackedLinear, load_library
+from gorgon_engine.kernels.cpu.eagle import NativeEagle, NativeEagleLayer
 from gorgon_engine.kernels.cpu.elementwise import add_silu, rms_norm
 from gorgon_engine.kernels.cpu.hydra import NativeHydra, NativeHydraHead
+from gorgon_engine.kernels.cpu.model import MAX_HEAD_DIM
+
+_EAGLE_MATRICES = ("fc", "qkv", "o", "gate_up", "down")
+_EAGLE_NORMS = ("feature_norm", "embedding_norm", "attention_norm", "mlp_norm", "norm")
 
 
 class _Packed(nn.Module):
@@ -124,17 +130,67 @@ def native_hydra(heads: HydraHeads, backbone: Backbone, draft_vocabulary: Tensor
     """
     if not isinstance(heads, PackedHydraHeads) or not isinstance(backbone, NativeBackbone):
         return None
-    shared = None
-    if heads.shares_projection:
-        shared = backbone.lm_head if draft_vocabulary is None else backbone.lm_head.select_outputs(draft_vocabulary)
+    shared = _projection_of(backbone, draft_vocabulary) if heads.shares_projection else None
     return heads.in_one_call(embeddings=backbone.embedding, shared=shared, draft_vocabulary=draft_vocabulary)
+
+
+class PackedEagleHead(EagleHead):
+    """An EAGLE head whose every matrix is packed: the only parameters that are left are the norms, in float32."""
+
+    def __init__(self, head: EagleHead, kind: Kind, *, library: NativeLibrary | None = None) -> None:
+        """The given head is used up: each matrix is freed once it is packed. library: None = this machine's."""
+        super().__init__(head.shape, device="meta")
+        library = library or load_library()
+        for name in _EAGLE_MATRICES:
+            linear = getattr(head, name)
+            assert isinstance(linear, nn.Linear)
+            setattr(self, name, _Packed(linear, kind, library))
+            delattr(head, name)
+        for name in _EAGLE_NORMS:
+            setattr(self, name, nn.Parameter(getattr(head, name).detach().float(), requires_grad=False))
+
+    def in_one_call(
+        self, *, embeddings: Tensor, projection: PackedLinear, draft_vocabulary: Tensor | None
+    ) -> NativeEagle:
+        """The head with all that the dynamic search needs of the backbone.
+
+        embeddings: float32 or bfloat16 [E, C]. projection: to the draft vocabulary ([V] int64, the token of each of its
+        rows, None = the row itself). Raises ValueError for what does not fit together.
+        """
+        shape = self.shape
+        return NativeEagle(
+            NativeEagleLayer(
+                **{name: getattr(self, name).linear for name in _EAGLE_MATRICES},
+                **{name: getattr(self, name) for name in _EAGLE_NORMS},
+                projection=projection,
+            ),
+            num_heads=shape.num_query_heads,
+            num_kv_heads=shape.num_kv_heads,
+            head_dim=shape.head_dim,
+            max_depth=shape.num_heads,
+            norm_eps=eagle.NORM_EPS,
+            embeddings=embeddings,
+            vocabulary=draft_vocabulary,
+        )
 
 
 def pack_eagle_for_cpu(head: EagleHead, backbone: Backbone) -> EagleHead:
     """As `pack_for_cpu`."""
-    if isinstance(backbone, NativeBackbone):
-        for name in ("fc", "qkv", "o", "gate_up", "down"):
-            linear = getattr(head, name)
-            assert isinstance(linear, nn.Linear)
-            setattr(head, name, _Packed(linear, backbone.kind))
-    return head
+    return PackedEagleHead(head, backbone.kind) if isinstance(backbone, NativeBackbone) else head
+
+
+def native_eagle(head: EagleHead, backbone: Backbone, draft_vocabulary: Tensor | None) -> NativeEagle | None:
+    """As `native_hydra`. None for heads too wide for the native attention as well."""
+    if not isinstance(head, PackedEagleHead) or not isinstance(backbone, NativeBackbone):
+        return None
+    if head.shape.head_dim > MAX_HEAD_DIM:
+        return None
+    return head.in_one_call(
+        embeddings=backbone.embedding,
+        projection=_projection_of(backbone, draft_vocabulary),
+        draft_vocabulary=draft_vocabulary,
+    )
+
+
+def _projection_of(backbone: NativeBackbone, draft_vocabulary: Tensor | None) -> PackedLinear:
+    return backbone.lm_head if draft_vocabulary is None else backbone.lm_head.select_outputs(draft_vocabulary)

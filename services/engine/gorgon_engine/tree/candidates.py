@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -22,3 +23,19 @@ class CandidateTree:
     # the distribution from which node m was drawn.
     draft_probs: Tensor | None = None  # [B, Q, V] float32
     draft_rows: Tensor | None = None  # [B, M] int64
+
+    def spread(self, rows: Tensor, batch: int) -> "CandidateTree":
+        """The trees of R sequences as rows [R] int64 of a larger batch; the others are padding."""
+
+        def placed(values: Tensor, padding: float) -> Tensor:
+            return values.new_full((batch, *values.shape[1:]), padding).index_copy_(0, rows, values)
+
+        return CandidateTree(
+            tokens=placed(self.tokens, 0),
+            parents=placed(self.parents, -1),
+            log_probs=placed(self.log_probs, -torch.inf),
+            ranks=placed(self.ranks, 0),
+            source=self.source,
+            draft_probs=None if self.draft_probs is None else placed(self.draft_probs, 0),
+            draft_rows=None if self.draft_rows is None else placed(self.draft_rows, 0),
+        )

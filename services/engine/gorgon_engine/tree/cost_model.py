@@ -1,35 +1,74 @@
 """How many nodes a step should verify: expected tokens over measured step time (Sequoia, 2402.12374, section 4.2).
 
-A step over r rows takes `seconds(r)` on this machine, measured at start-up. A tree whose nodes are accepted with
-probabilities p_1 >= p_2 >= ... gives 1 + sum p_i tokens on average (OPT-Tree, 2406.17276). The best budget maximises
-the ratio; one node a sequence, plain decoding, is always among the choices.
+A step over r rows of b sequences takes `step_seconds(r, b)` on this machine, measured at start-up. A tree whose nodes
+are accepted with probabilities p_1 >= p_2 >= ... gives 1 + sum p_i tokens on average (OPT-Tree, 2406.17276). The best
+budget maximises the ratio over all sequences of the step, which share its rows; one node a sequence, plain decoding, is
+always among the choices.
 """
 
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+_LEAST_SECONDS = 1e-9
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """Seconds measured at some counts, linear in between; beyond the last with its slope."""
+
+    counts: tuple[int, ...]  # ascending
+    seconds: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        assert len(self.counts) == len(self.seconds) >= 1
+        assert list(self.counts) == sorted(set(self.counts))
+
+    def at(self, count: int) -> float:
+        if len(self.counts) == 1:
+            return self.seconds[0]
+        right = min(max(bisect_left(self.counts, count), 1), len(self.counts) - 1)
+        c0, c1 = self.counts[right - 1], self.counts[right]
+        s0, s1 = self.seconds[right - 1], self.seconds[right]
+        return max(s0 + (s1 - s0) * (count - c0) / (c1 - c0), _LEAST_SECONDS)
+
+    def longest_within(self, seconds: float, *, least: int, most: int) -> int:
+        """The largest count from `least` to `most` that takes at most `seconds`; `least` where none does."""
+        low, high = least, most
+        while low < high:
+            middle = (low + high + 1) // 2
+            if self.at(middle) <= seconds:
+                low = middle
+            else:
+                high = middle - 1
+        return low
+
 
 @dataclass(frozen=True, slots=True)
 class CostModel:
-    """Step time by number of rows in the verification pass, linear between the measured points."""
+    """Step time by number of rows and of sequences."""
 
     rows: tuple[int, ...]  # ascending
-    seconds: tuple[float, ...]
-    draft_seconds: float = 0.0  # what building and walking a tree adds to a plain step
+    seconds: tuple[float, ...]  # of a step of one sequence over so many rows
+    draft_seconds: float = 0.0  # what building and walking a tree adds to a plain step,
+    draft_seconds_each: float = 0.0  # and each further sequence's
+    plain: Curve | None = None  # plain steps by number of sequences; None: as so many rows of one
 
-    def __post_init__(self) -> None:
-        assert len(self.rows) == len(self.seconds) >= 1
-        assert list(self.rows) == sorted(set(self.rows))
+    @property
+    def _passes(self) -> Curve:
+        return Curve(self.rows, self.seconds)
 
-    def step_seconds(self, num_rows: int) -> float:
-        """Seconds of one verification pass over `num_rows` rows; extrapolates with the last slope."""
-        if len(self.rows) == 1:
-            return self.seconds[0]
-        right = min(max(bisect_left(self.rows, num_rows), 1), len(self.rows) - 1)
-        r0, r1 = self.rows[right - 1], self.rows[right]
-        s0, s1 = self.seconds[right - 1], self.seconds[right]
-        return max(s0 + (s1 - s0) * (num_rows - r0) / (r1 - r0), 1e-9)
+    def step_seconds(self, num_rows: int, num_sequences: int = 1) -> float:
+        """Seconds of one step over `num_rows` rows of `num_sequences` sequences together."""
+        return self._pricing(num_sequences).at(num_rows)
+
+    def plain_seconds(self, num_sequences: int) -> float:
+        """Seconds of a step of plain decoding."""
+        return self.step_seconds(num_sequences, num_sequences)
+
+    def tree_seconds(self, num_sequences: int) -> float:
+        """What trees for so many sequences cost beside the pass over them."""
+        return self.draft_seconds + (num_sequences - 1) * self.draft_seconds_each
 
     def choose_nodes(
         self, path_probs: Sequence[Sequence[float]], *, max_nodes: int, spent_seconds: float = 0.0
@@ -44,14 +83,32 @@ class CostModel:
             ((p, b) for b, probs in enumerate(path_probs) for p in probs[: max_nodes - 1] if p > 0.0),
             key=lambda item: -item[0],
         )
-        tokens = float(batch)
-        best_rate, best_count = tokens / (self.step_seconds(batch) + spent_seconds), 0
+        pricing = self._pricing(batch)
+        tokens, tree_seconds = float(batch), self.tree_seconds(batch) + spent_seconds
+        best_rate, best_count = tokens / (pricing.at(batch) + spent_seconds), 0
         for count, (probability, _) in enumerate(ranked, start=1):
             tokens += probability
-            rate = tokens / (self.step_seconds(batch + count) + self.draft_seconds + spent_seconds)
+            rate = tokens / (pricing.at(batch + count) + tree_seconds)
             if rate > best_rate:
                 best_rate, best_count = rate, count
         nodes = [1] * batch
         for _, b in ranked[:best_count]:
             nodes[b] += 1
         return nodes
+
+    def _pricing(self, num_sequences: int) -> "_Pricing":
+        passes = self._passes
+        base = passes.at(num_sequences)
+        return _Pricing(passes, base, base if self.plain is None else self.plain.at(num_sequences))
+
+
+@dataclass(frozen=True, slots=True)
+class _Pricing:
+    """The steps of a number of sequences: a plain one, and what more rows add to it."""
+
+    passes: Curve
+    pass_seconds: float  # over one row a sequence
+    plain_seconds: float
+
+    def at(self, num_rows: int) -> float:
+        return self.plain_seconds + max(self.passes.at(num_rows) - self.pass_seconds, 0.0)

@@ -12,14 +12,19 @@ import threading
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from gorgon_engine.kernels.cpu.library import PackedLinear, PackedMatrix, check, describe, gather_in_arena
-
-_EMBEDDING_DTYPES = (torch.float32, torch.bfloat16)
+from gorgon_engine.kernels.cpu.draft_search import (
+    DraftedTrees,
+    DraftVocabulary,
+    LimitsFields,
+    TreesFields,
+    VocabularyFields,
+    limits_fields,
+)
+from gorgon_engine.kernels.cpu.library import PackedLinear, PackedMatrix, check, gather_in_arena
 
 
 class HydraHeadWeights(ctypes.Structure):
@@ -37,10 +42,7 @@ class HydraConfig(ctypes.Structure):
         ("heads", ctypes.POINTER(HydraHeadWeights)),
         ("norm", ctypes.c_void_p),
         ("rms_norm_eps", ctypes.c_float),
-        ("embeddings_are_bf16", ctypes.c_int32),
-        ("embeddings", ctypes.c_void_p),
-        ("num_embeddings", ctypes.c_int64),
-        ("vocabulary", ctypes.c_void_p),
+        ("vocabulary", VocabularyFields),
     )
 
 
@@ -49,9 +51,8 @@ class HydraArgs(ctypes.Structure):
         ("batch", ctypes.c_int64),
         ("hidden", ctypes.c_void_p),
         ("root_tokens", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("num_choices", "width", "max_nodes")),
-        ("min_path_prob", ctypes.c_float),
-        *((name, ctypes.c_void_p) for name in ("tokens", "parents", "log_probs", "ranks")),
+        ("limits", LimitsFields),
+        ("out", TreesFields),
     )
 
 
@@ -68,15 +69,6 @@ class NativeHydraHead:
         """In the order of use."""
         matrices = (self.input, self.residual, *self.blocks, self.projection)
         return [linear for linear in matrices if linear is not None]
-
-
-class DraftedTrees(NamedTuple):
-    """The fields of a CandidateTree that are computed. Padding: token 0, parent -1, log-probability -inf, rank 0."""
-
-    tokens: Tensor  # [B, M] int64
-    parents: Tensor  # [B, M] int64
-    log_probs: Tensor  # [B, M] float32
-    ranks: Tensor  # [B, M] int64
 
 
 class NativeHydra:
@@ -100,8 +92,7 @@ class NativeHydra:
             raise ValueError("there must be at least one head")
         self._heads = tuple(heads)
         self._norm = norm
-        self._embeddings = embeddings
-        self._vocabulary = vocabulary
+        self._vocabulary = DraftVocabulary(embeddings, vocabulary)
         self.hidden_size = self._heads[0].input.out_features
         self.vocab_size = self._heads[0].projection.out_features
         self._check()
@@ -116,10 +107,7 @@ class NativeHydra:
             described,
             None if norm is None else norm.data_ptr(),
             norm_eps,
-            int(embeddings.dtype == torch.bfloat16),
-            embeddings.data_ptr(),
-            embeddings.shape[0],
-            None if vocabulary is None else vocabulary.data_ptr(),
+            self._vocabulary.fields(),
         )
         handle = self._library.handle.gorgon_hydra_create(ctypes.byref(config))
         if not handle:
@@ -146,21 +134,7 @@ class NativeHydra:
                 raise ValueError(f"head {depth}: residual is {head.residual.kind}, input {head.input.kind}")
         if self._norm is not None:
             check("norm", self._norm, (size,), torch.float32)
-        self._check_tokens()
-
-    def _check_tokens(self) -> None:
-        table, vocabulary = self._embeddings, self._vocabulary
-        if table.dtype not in _EMBEDDING_DTYPES or table.ndim != 2:
-            raise ValueError(f"embeddings must be float32 or bfloat16 [E, {self.hidden_size}], not {describe(table)}")
-        check("embeddings", table, (table.shape[0], self.hidden_size), table.dtype)
-        highest = self.vocab_size - 1
-        if vocabulary is not None:
-            check("vocabulary", vocabulary, (self.vocab_size,), torch.int64)
-            highest = int(vocabulary.max())
-            if int(vocabulary.min()) < 0:
-                raise ValueError("vocabulary has a negative token")
-        if highest >= table.shape[0]:
-            raise ValueError(f"token {highest} can be drafted, but only {table.shape[0]} have embeddings")
+        self._vocabulary.check(size, self.vocab_size)
 
     def draft(
         self,
@@ -175,28 +149,25 @@ class NativeHydra:
         """The `max_nodes` likeliest paths below each root, as far as the search finds that many.
 
         hidden: float32 [B, C]; root_tokens: int64 [B]. num_choices, width and min_path_prob: as in
-        `drafters.hydra.BeamLimits`. Raises ValueError for other shapes and dtypes or a root without an embedding.
+        `drafters.beam.BeamLimits`. Raises ValueError for other shapes and dtypes or a root without an embedding.
         """
-        if min(max_nodes, num_choices, width) < 1:
-            raise ValueError(f"max_nodes {max_nodes}, num_choices {num_choices} and width {width} must be at least 1")
+        limits = limits_fields(
+            self.vocab_size, max_nodes=max_nodes, num_choices=num_choices, width=width, min_path_prob=min_path_prob
+        )
         batch = root_tokens.shape[0] if root_tokens.ndim else 0
-        tokens, parents, ranks = torch.empty((3, batch, max_nodes), dtype=torch.int64)
-        log_probs = torch.empty((batch, max_nodes))
+        trees = DraftedTrees.empty(batch, max_nodes)
         args = HydraArgs(
             batch,
             check("hidden", hidden, (batch, self.hidden_size), torch.float32),
             check("root_tokens", root_tokens, (batch,), torch.int64),
-            min(num_choices, self.vocab_size),
-            width,
-            max_nodes,
-            min_path_prob,
-            *(out.data_ptr() for out in (tokens, parents, log_probs, ranks)),
+            limits,
+            trees.fields(),
         )
         with self._lock:
             problem = self._library.handle.gorgon_hydra_draft(self._handle, ctypes.byref(args))
         if problem is not None:
             raise ValueError(problem.decode())
-        return DraftedTrees(tokens, parents, log_probs, ranks)
+        return trees
 
 
 def _describe_head(head: NativeHydraHead) -> HydraHeadWeights:

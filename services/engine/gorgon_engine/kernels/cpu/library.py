@@ -96,9 +96,11 @@ class NativeLibrary:
         self._declare("gorgon_add_silu", None, pointer, pointer, ctypes.c_int64, pointer)
         for name in ("gorgon_lookup", "gorgon_merge_candidates", "gorgon_flatten"):
             self._declare(name, ctypes.c_char_p, pointer)
-        self._declare("gorgon_hydra_create", pointer, pointer)
-        self._declare("gorgon_hydra_destroy", None, pointer)
-        self._declare("gorgon_hydra_draft", ctypes.c_char_p, pointer, pointer)
+        for family in ("hydra", "eagle"):
+            self._declare(f"gorgon_{family}_create", pointer, pointer)
+            self._declare(f"gorgon_{family}_destroy", None, pointer)
+            self._declare(f"gorgon_{family}_draft", ctypes.c_char_p, pointer, pointer)
+        self._declare("gorgon_eagle_observe", ctypes.c_char_p, pointer, pointer)
         self._declare("gorgon_model_create", pointer, ctypes.POINTER(ModelConfig))
         self._declare("gorgon_model_destroy", None, pointer)
         self._declare("gorgon_model_forward", ctypes.c_char_p, pointer, ctypes.POINTER(ForwardArgs))

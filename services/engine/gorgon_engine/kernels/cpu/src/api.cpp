@@ -1,6 +1,7 @@
 // The C ABI. Shapes are checked by the Python launchers; a failed allocation comes back as a non-zero code.
 #include <new>
 
+#include "activations.h"
 #include "forward.h"
 #include "linear.h"
 #include "linear_amx.h"
@@ -54,12 +55,9 @@ GORGON_API void gorgon_advise_huge_pages(void* data, int64_t bytes) {
 
 GORGON_API int gorgon_linear(const PackedMatrix* matrix, const float* x, int64_t rows, float* out) {
   try {
-    static thread_local Buffer words, scales, sums;
+    static thread_local ActivationBuffer buffer;
     Pool& pool = Pool::instance();
-    const int64_t stride = activation_words(matrix->in_features);
-    const int64_t groups = activation_groups(matrix->in_features);
-    const Activations act{words.get<uint32_t>(rows * stride), stride, scales.get<float>(rows * groups),
-                          sums.get<int32_t>(rows * groups), groups};
+    const Activations act = buffer.get(rows, matrix->in_features);
     pool.run([&] {
       pool.for_each(rows, [&](int64_t row) {
         prepare_row(matrix->kind, x + row * matrix->in_features, matrix->in_features, act, row);

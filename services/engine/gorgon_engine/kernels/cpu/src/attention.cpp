@@ -12,6 +12,8 @@ constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 // Queries (rows of a group x query heads of a kv head) whose scores and sums stay in L1/L2 beside one block.
 constexpr int64_t kMaxQueries = 24;
 constexpr int kBlocksPerChunk = kChunk / kBlock;
+// Fewer items a thread are cut into chunks, so that no thread waits long for another's last one.
+constexpr int64_t kSplitItems = 8;
 
 // Working memory of one thread.
 struct Scratch {
@@ -87,6 +89,9 @@ class Item {
     const int64_t offset = (slot * shape.num_kv_heads + kv_head) * args.cache.num_positions * shape.head_dim;
     keys_ = static_cast<const Element*>(args.cache.keys) + offset;
     values_ = static_cast<const Element*>(args.cache.values) + offset;
+    const int64_t tree_offset = kv_head * args.tree.num_positions * shape.head_dim;
+    tree_keys_ = args.tree.keys ? static_cast<const Element*>(args.tree.keys) + tree_offset : keys_;
+    tree_values_ = args.tree.keys ? static_cast<const Element*>(args.tree.values) + tree_offset : values_;
     scratch.reserve((last_row - first_row) * heads_, stride_);
   }
 
@@ -110,7 +115,7 @@ class Item {
     }
     for (int64_t row = first_; row < last_; ++row)
       own_blocks(row, base, shared_begin, shared_end, [&](int64_t block) {
-        gather(keys_, row, base + block * kBlock);
+        gather(keys_, tree_keys_, row, base + block * kBlock);
         load_keys(pointers_, words_, s_.block.keys);
         scores((row - first_) * heads_, heads_, block);
         mask(row, base, block);
@@ -156,7 +161,7 @@ class Item {
 
   void own_values(int64_t row, int64_t base, int64_t begin, int64_t end) {
     for (int64_t block = begin; block < std::min(end, block_end(row, base)); ++block) {
-      gather(values_, row, base + block * kBlock);
+      gather(values_, tree_values_, row, base + block * kBlock);
       Cache::load_values(pointers_, a_.shape.head_dim, a_.shape.padded_dim, s_.block.values);
       values((row - first_) * heads_, heads_, block);
     }
@@ -166,14 +171,14 @@ class Item {
     for (int i = 0; i < kBlock; ++i) pointers_[i] = from + (index + i) * a_.shape.head_dim;
   }
 
-  void gather(const Element* from, int64_t row, int64_t index) {
+  void gather(const Element* prefix_from, const Element* tree_from, int64_t row, int64_t index) {
     const int64_t prefix = a_.keys.prefix_lengths[row], length = a_.keys.length(row), begin = start(row);
     const int32_t* tree = a_.keys.tree_positions + row * a_.keys.tree_stride;
     for (int i = 0; i < kBlock; ++i) {
       const int64_t key = index + i;
-      const bool attended = key >= begin && key < length;
-      const int64_t position = key < prefix || !attended ? key : tree[key - prefix];
-      pointers_[i] = attended ? from + position * a_.shape.head_dim : nullptr;
+      if (key < begin || key >= length) pointers_[i] = nullptr;
+      else if (key < prefix) pointers_[i] = prefix_from + key * a_.shape.head_dim;
+      else pointers_[i] = tree_from + tree[key - prefix] * a_.shape.head_dim;
     }
   }
 
@@ -239,6 +244,8 @@ class Item {
   int64_t first_, last_, kv_head_, heads_, words_, query_stride_, stride_;
   const Element* keys_;
   const Element* values_;
+  const Element* tree_keys_;
+  const Element* tree_values_;
   const void* pointers_[kBlock];
 };
 
@@ -286,7 +293,13 @@ void AttentionPlan::build(const AttentionShape& shape, const RowKeys& keys, int6
       group_starts.push_back(row);
   group_starts.push_back(rows);
   const int64_t items = (static_cast<int64_t>(group_starts.size()) - 1) * shape.num_kv_heads;
-  split_chunks = num_chunks > 1 && items < 8 * threads;
+  split_chunks = num_chunks > 1 && items < kSplitItems * threads;
+}
+
+int64_t AttentionPlan::max_partials(const AttentionShape& shape, int64_t rows, int64_t keys, int threads) {
+  const int64_t limit = std::max<int64_t>(1, kMaxQueries / (shape.num_heads / shape.num_kv_heads));
+  const int64_t split_rows = std::min(rows, limit * kSplitItems * threads / shape.num_kv_heads);
+  return split_rows * shape.num_heads * ((keys + kChunk - 1) / kChunk) * partial_stride(shape);
 }
 
 void attention(Pool& pool, const AttentionArgs& args, const AttentionPlan& plan) {

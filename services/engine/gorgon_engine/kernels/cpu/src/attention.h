@@ -1,5 +1,5 @@
 // softmax(q k^T / sqrt(D)) v over a cache, where each row has a logical sequence of keys of its own: a contiguous
-// prefix of its slot, then its ancestors in a drafted tree.
+// prefix of its slot, then its ancestors in a drafted tree, which may lie elsewhere.
 //
 // Row-invariance: every step of the arithmetic is tied to a key's index in that logical sequence. Keys go in blocks of
 // 16 (scores and values) and chunks of 256 (softmax with the chunk's exact maximum); chunks merge in ascending order. A
@@ -23,6 +23,10 @@ struct AttentionShape {
   int64_t head_dim;
   int64_t padded_dim;  // head_dim rounded up to whole vectors
 };
+
+inline AttentionShape attention_shape(int64_t num_heads, int64_t num_kv_heads, int64_t head_dim) {
+  return {num_heads, num_kv_heads, head_dim, (head_dim + 15) / 16 * 16};
+}
 
 // The cache of one layer: [slot, kv_head, position, head_dim].
 struct LayerCache {
@@ -49,6 +53,8 @@ struct AttentionPlan {
   int64_t num_chunks = 0;             // over the longest row
   bool split_chunks = false;          // an item is one chunk; the partial results merge afterwards
   void build(const AttentionShape& shape, const RowKeys& keys, int64_t rows, int threads);
+  // The most values that the partial results of up to `rows` rows of up to `keys` keys may take.
+  static int64_t max_partials(const AttentionShape& shape, int64_t rows, int64_t keys, int threads);
 };
 
 // One (row, head, chunk): maximum, sum of weights, and padded_dim weighted values.
@@ -57,6 +63,7 @@ inline int64_t partial_stride(const AttentionShape& shape) { return shape.padded
 struct AttentionArgs {
   AttentionShape shape;
   LayerCache cache;
+  LayerCache tree;  // what tree positions count in, whatever the slot; no keys: the row's slot of `cache`
   RowKeys keys;
   int64_t num_rows;
   int64_t window;       // 0: none

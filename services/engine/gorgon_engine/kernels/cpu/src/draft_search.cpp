@@ -8,7 +8,7 @@
 
 namespace gorgon {
 
-static_assert(kChunk % kPanel == 0, "a chunk is whole panels");
+static_assert(kLogitChunk % kPanel == 0, "a chunk is whole panels");
 
 void DraftSearch::start(const SearchLimits& limits, int64_t batch, const int64_t* roots, int64_t max_depth,
                         int64_t vocab, const int64_t* vocabulary) {
@@ -42,7 +42,7 @@ void DraftSearch::descend(Pool& pool, const PackedMatrix& projection, const Acti
 }
 
 void DraftSearch::project(Pool& pool, const PackedMatrix& projection, const Activations& features) const {
-  constexpr int64_t kPanels = kChunk / kPanel;
+  constexpr int64_t kPanels = kLogitChunk / kPanel;
   const int64_t rows = paths_.size(), row_chunks = (rows + kRowChunk - 1) / kRowChunk, chunks = top_.num_chunks();
   pool.for_each(chunks * row_chunks, [&](int64_t item) {
     const int64_t chunk = item % chunks, first = item / chunks * kRowChunk;

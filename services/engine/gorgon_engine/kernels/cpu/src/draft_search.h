@@ -1,7 +1,7 @@
 // The search for a drafter's likeliest paths below a root, depth by depth (EAGLE-2, 2406.16858, section 4).
 //
 // The drafter gives features of the paths that are looked below; their projection to the vocabulary, the choice of the
-// likeliest tokens, the beam of the next depth and the tree at the end are here. drafters/hydra.py says the same in
+// likeliest tokens, the beam of the next depth and the tree at the end are here. drafters/beam.py says the same in
 // tensor operations. A sequence's result depends on that sequence only, to the bit, whatever the number of threads.
 #pragma once
 
@@ -50,7 +50,8 @@ class DraftSearch {
   // By sequence, best first; none: the search is over.
   const std::vector<DraftPath>& paths() const { return paths_; }
 
-  // Inside Pool::run(): from features of paths(), prepared for `projection`, to the paths of the next depth. last: none.
+  // Inside Pool::run(): from features of paths(), prepared for `projection`, to the paths of the next depth; last: to
+  // none.
   void descend(Pool& pool, const PackedMatrix& projection, const Activations& features, bool last);
   void finish(Pool& pool, const DraftTrees& out);
 

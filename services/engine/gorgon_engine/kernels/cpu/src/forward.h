@@ -4,23 +4,10 @@
 #include <cstdint>
 #include <vector>
 
-#include "attention.h"
 #include "buffer.h"
-#include "linear.h"
+#include "layer.h"
 
 namespace gorgon {
-
-struct LayerWeights {
-  const float* input_norm;
-  const float* post_norm;
-  const float* q_norm;  // null: none
-  const float* k_norm;
-  const PackedMatrix* qkv;
-  const PackedMatrix* o;
-  const PackedMatrix* gate_up;
-  const PackedMatrix* down;
-  int64_t sliding_window;  // 0: none
-};
 
 struct ModelConfig {
   int64_t num_layers;
@@ -67,17 +54,14 @@ class Model {
   void forward(const ForwardArgs& args);
 
  private:
-  struct Workspace;
-  void prepare(const ForwardArgs& args, Pool& pool, Workspace& w);
-  void attention_block(const ForwardArgs& args, Pool& pool, const Workspace& w, int64_t index) const;
-  void mlp(const ForwardArgs& args, Pool& pool, const Workspace& w, const LayerWeights& layer) const;
-  void write_row(const ForwardArgs& args, const Workspace& w, int64_t index, int64_t row) const;
+  RowKeys keys_of(const ForwardArgs& args);
+  LayerCaches caches(const ForwardArgs& args, int64_t index) const;
 
   ModelConfig config_;
   std::vector<LayerWeights> layers_;
-  AttentionShape shape_;
-  AttentionPlan plan_;
-  Buffer hidden_, normed_, wide_, attended_, queries_, partials_, words_, scales_, sums_, tree_, tree_counts_;
+  LayerShape shape_;
+  LayerPass pass_;
+  Buffer hidden_, tree_, tree_counts_;
 };
 
 }  // namespace gorgon

@@ -4,7 +4,6 @@
 #include <new>
 
 #include "elementwise.h"
-#include "simd.h"
 
 namespace gorgon {
 
@@ -17,41 +16,25 @@ HydraDraft::HydraDraft(const HydraConfig& config)
 }
 
 const char* HydraDraft::check(const HydraArgs& args) const {
-  for (int64_t sequence = 0; sequence < args.batch; ++sequence) {
-    const int64_t root = args.root_tokens[sequence];
-    if (root < 0 || root >= config_.num_embeddings) return "a root token has no embedding";
-  }
+  for (int64_t sequence = 0; sequence < args.batch; ++sequence)
+    if (!config_.vocabulary.has(args.root_tokens[sequence])) return "a root token has no embedding";
   return nullptr;
 }
 
 void HydraDraft::prepare(const HydraArgs& args) {
   const int64_t width = config_.hidden_size, widest = (1 + config_.num_heads) * width;
   search_.start(args.limits, args.batch, args.root_tokens, config_.num_heads, heads_[0].projection->out_features,
-                config_.vocabulary);
+                config_.vocabulary.drafted);
   const int64_t rows = search_.max_rows();
   conditions_ = conditions_buffer_.get<float>(2 * rows * widest);
   inner_ = inner_buffer_.get<float>(rows * width);
   feature_ = feature_buffer_.get<float>(rows * width);
-  act_.stride = activation_words(widest);
-  act_.words = words_.get<uint32_t>(rows * act_.stride);
-  act_.groups = activation_groups(widest);
-  act_.scales = scales_.get<float>(rows * act_.groups);
-  act_.sums = sums_.get<int32_t>(rows * act_.groups);
+  act_ = act_buffer_.get(rows, widest);
 }
 
 // What head `depth` (here from 0) reads for a path: [hidden, e(t_1), ..., e(t_(depth + 1))].
 float* HydraDraft::condition(int64_t depth, int64_t row) const {
   return conditions_ + (depth % 2 * search_.max_rows() + row) * (1 + config_.num_heads) * config_.hidden_size;
-}
-
-void HydraDraft::embed(int64_t token, float* out) const {
-  const int64_t width = config_.hidden_size;
-  if (!config_.embeddings_are_bf16) {
-    std::memcpy(out, static_cast<const float*>(config_.embeddings) + token * width, width * sizeof(float));
-    return;
-  }
-  const uint16_t* row = static_cast<const uint16_t*>(config_.embeddings) + token * width;
-  for (int64_t i = 0; i < width; ++i) out[i] = bf16_to_float(row[i]);
 }
 
 void HydraDraft::write_condition(const HydraArgs& args, int64_t depth, int64_t row) const {
@@ -65,7 +48,7 @@ void HydraDraft::write_condition(const HydraArgs& args, int64_t depth, int64_t r
     std::memcpy(out, args.hidden + path.sequence * width, width * sizeof(float));
     if (config_.norm) rms_norm(out, nullptr, width, config_.rms_norm_eps, out);
   }
-  embed(path.token, last);
+  config_.vocabulary.embed(path.token, width, last);
   if (config_.norm) rms_norm(last, nullptr, width, config_.rms_norm_eps, last);
 }
 

@@ -5,8 +5,10 @@
 #include <cstdint>
 #include <vector>
 
+#include "activations.h"
 #include "buffer.h"
 #include "draft_search.h"
+#include "draft_vocabulary.h"
 #include "linear.h"
 
 namespace gorgon {
@@ -24,10 +26,7 @@ struct HydraConfig {
   const HydraHead* heads;
   const float* norm;  // [C], the gain before the projection; null: nothing is normalised
   float rms_norm_eps;
-  int32_t embeddings_are_bf16;
-  const void* embeddings;  // [num_embeddings, C], bf16 or fp32
-  int64_t num_embeddings;
-  const int64_t* vocabulary;  // [V], the token of each row of a projection; null: the row itself
+  DraftVocabulary vocabulary;  // of C and V
 };
 
 struct HydraArgs {
@@ -51,14 +50,14 @@ class HydraDraft {
   void prepare(const HydraArgs& args);
   float* condition(int64_t depth, int64_t row) const;
   void write_condition(const HydraArgs& args, int64_t depth, int64_t row) const;
-  void embed(int64_t token, float* out) const;
   void features(const HydraArgs& args, Pool& pool, int64_t depth) const;
 
   HydraConfig config_;
   std::vector<HydraHead> heads_;
   std::vector<const PackedMatrix*> blocks_;
   DraftSearch search_;
-  Buffer conditions_buffer_, inner_buffer_, feature_buffer_, words_, scales_, sums_;
+  Buffer conditions_buffer_, inner_buffer_, feature_buffer_;
+  ActivationBuffer act_buffer_;
   float* conditions_ = nullptr;  // [2, rows, (1 + num_heads) C]: of this depth's paths and of those above
   float* inner_ = nullptr;       // [rows, C]
   float* feature_ = nullptr;     // [rows, C]

@@ -48,14 +48,14 @@ class Largest {
 }  // namespace
 
 TopLogProbs::TopLogProbs(int64_t rows, int64_t vocab, int64_t k, Buffer& statistics)
-    : vocab_(vocab), k_(k), num_chunks_((vocab + kChunk - 1) / kChunk) {
+    : vocab_(vocab), k_(k), num_chunks_((vocab + kLogitChunk - 1) / kLogitChunk) {
   maxima_ = statistics.get<float>(2 * rows * num_chunks_);
   sums_ = maxima_ + rows * num_chunks_;
 }
 
 void TopLogProbs::scan_chunk(const float* logits, int64_t row, int64_t chunk) const {
   const float* x = logits + row * vocab_;
-  const int64_t begin = chunk * kChunk, end = std::min(vocab_, begin + kChunk);
+  const int64_t begin = chunk * kLogitChunk, end = std::min(vocab_, begin + kLogitChunk);
   F16 poison = set1(0.0f), highest = set1(kMinusInfinity);
   for (int64_t i = begin; i < end; i += kLanes) {
     const F16 values = load_to(x + i, end - i);
@@ -88,8 +88,8 @@ void TopLogProbs::select(const float* x, const float* maxima, double top, double
   Largest best(keys, k_);
   for (int64_t c = 0; c < num_chunks_; ++c) {
     if (maxima[c] < floor) continue;
-    const int64_t end = std::min(vocab_, (c + 1) * kChunk);
-    for (int64_t i = c * kChunk; i < end; ++i)
+    const int64_t end = std::min(vocab_, (c + 1) * kLogitChunk);
+    for (int64_t i = c * kLogitChunk; i < end; ++i)
       if (x[i] >= floor) best.push(key_of(x[i], i));
   }
   best.sort_descending();

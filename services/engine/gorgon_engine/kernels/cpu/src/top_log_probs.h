@@ -11,7 +11,7 @@
 
 namespace gorgon {
 
-constexpr int64_t kChunk = 256;  // columns: 1 KB, in L1 when it is read again
+constexpr int64_t kLogitChunk = 256;  // columns: 1 KB, in L1 when it is read again
 
 class TopLogProbs {
  public:

@@ -19,6 +19,7 @@ from gorgon_engine.heads.bundled import BUNDLED_STORE
 from gorgon_engine.heads.checkpoint import (
     LATEST_FILE,
     is_version_folder,
+    read_manifest,
     resolve_heads,
     verify_heads,
     written_beside,
@@ -200,12 +201,39 @@ def local_heads(place: str | Path) -> Path:
     return resolve_heads(location.local) if location.local else fetch_remote(str(place))
 
 
+def version_folder(backbone: Location, version: str) -> Path:
+    """The folder of one version (name@version) of a backbone's folder in a store, fetched where that lies elsewhere.
+
+    Raises `HeadsError` for what is not a version's name, is not there, leads outside the store, or says in its manifest
+    that it is another version. The files themselves are checked by whoever loads them.
+    """
+    if not is_version_folder(version):
+        raise HeadsError(f"{backbone.shown}: {version[:80]!r} is not the name of a version (name@version)")
+    place = backbone.child(version)
+    root, folder = backbone.local, place.local
+    if root is None or folder is None:
+        folder = _fetch(place)
+    else:
+        with store_errors(place, "cannot be read"):
+            if folder.resolve().parent != root.resolve():
+                raise HeadsError(f"{place.shown}: leads outside the store")
+            if not (folder / MANIFEST_FILE).is_file():
+                raise HeadsError(f"{place.shown}: has no {MANIFEST_FILE}: not published, or not to its end")
+    manifest = read_manifest(folder)
+    if (says := f"{manifest.name}@{manifest.version}") != version:
+        raise HeadsError(f"{place.shown}: its manifest says {says}: publish it under its own name")
+    return folder
+
+
 def fetch_remote(url: str, *, cache: Path | None = None) -> Path:
     """Copy a published checkpoint into the cache (the user's, if not given), check it, and return its folder.
 
     A copy that is there already is checked and used. Raises `HeadsError`.
     """
-    source = _resolve_remote(open_location(url))
+    return _fetch(_resolve_remote(open_location(url)), cache=cache)
+
+
+def _fetch(source: Location, *, cache: Path | None = None) -> Path:
     content = source.child(MANIFEST_FILE).read()
     if content is None:
         raise HeadsError(f"{source.shown}: has no {MANIFEST_FILE}: not published, or not to its end")

@@ -1,0 +1,169 @@
+"""What the service reads from its environment: `GORGON_ENGINE_*`, all of it with a default that suits a laptop."""
+
+import os
+import re
+import secrets
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
+
+from pydantic import Field, StringConstraints, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from gorgon_protocol.errors import BadRequestError
+
+PREFIX = "GORGON_ENGINE_"
+_MAX_SECRET_BYTES = 4096
+_ANY_ADDRESS = ("0.0.0.0", "::", "")
+
+Seconds = Annotated[float, Field(gt=0.0, le=86_400.0, allow_inf_nan=False)]
+Identifier = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
+
+
+class EngineSettings(BaseSettings):
+    """One engine process. Empty variables count as unset, unknown ones are refused."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, env_ignore_empty=True, extra="forbid", frozen=True, hide_input_in_errors=True
+    )
+
+    host: str = Field(default="127.0.0.1", description="address to listen on")
+    port: int = Field(default=8101, ge=0, le=65_535, description="0: any free one, named in the log")
+    secret_file: Path | None = Field(default=None, description="file with the secret that callers must send")
+
+    model: str = Field(default="smollm2", description="model folder, catalogue name or hub name")
+    served_name: Identifier | None = Field(default=None, description="what callers call the model; its own name if not")
+    quantization: Literal["none", "nf4", "int8"] | None = Field(default=None, description="int8 on a CPU, NF4 on a GPU")
+    dtype: Literal["float32", "bfloat16"] | None = Field(default=None, description="of unquantised weights")
+    device: str | None = Field(default=None, description="cpu, cuda or cuda:N; a GPU where there is one")
+    kernels: Literal["auto", "native", "torch"] = Field(default="auto", description="on a CPU")
+    threads: int | None = Field(default=None, ge=1, le=1024, description="CPU threads; one a physical core")
+    context: int | None = Field(default=None, ge=2, description="positions a sequence; the model's, at most 8192")
+
+    heads: str | None = Field(default=None, description="folder of draft heads, or none; those of the program if unset")
+    store: str | None = Field(default=None, description="store of heads (folder or URL) whose `latest` is followed")
+    store_backbone: str | None = Field(default=None, description="the backbone's folder in the store; found if unset")
+    heads_poll_seconds: Seconds = Field(default=2.0, description="between two looks at `latest`")
+    drafter: Literal["heads", "ngram", "both", "none"] | None = Field(default=None, description="all there are")
+    max_nodes: int = Field(default=32, ge=1, le=128, description="rows of a verification pass, root included")
+
+    num_slots: int = Field(default=8, ge=1, le=4096, description="sequences that run at once")
+    max_waiting: int = Field(default=64, ge=0, le=1_000_000, description="requests that may wait for a slot")
+    max_body_bytes: int = Field(default=8 << 20, ge=1024, le=1 << 30)
+    body_seconds: Seconds = Field(default=30.0, description="for a request's body to arrive")
+    header_seconds: Seconds = Field(default=15.0, description="for a request's headers to arrive, from the connection")
+    keep_alive_seconds: Annotated[int, Field(ge=1, le=3600)] = Field(
+        default=75, description="an idle connection stays open; longer than its callers keep theirs"
+    )
+    max_buffered_messages: int = Field(
+        default=256, ge=2, le=65_536, description="a stream; beyond it a slow reader's token messages are merged"
+    )
+    slow_reader_seconds: Seconds = Field(default=30.0, description="a reader may stand still")
+    drain_seconds: float = Field(
+        default=60.0, ge=0.0, le=86_400.0, allow_inf_nan=False, description="running requests get when told to stop"
+    )
+
+    redis_url: str | None = Field(default=None, description="redis:// URL of the engine directory; none: no directory")
+    advertise_url: str | None = Field(default=None, description="where the gateway finds this engine")
+    engine_id: Identifier = Field(default_factory=lambda: f"{_host_name()}-{secrets.token_hex(4)}")
+    heartbeat_seconds: Seconds = Field(default=2.0, description="a missed third one takes the engine out")
+
+    log_format: Literal["json", "text"] = "json"
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] | None = None) -> Self:
+        """Raises `BadRequestError` in one line that names the variable. environment: `os.environ`, for its names."""
+        names = [n for n in environment or os.environ if n.upper().startswith(PREFIX)]
+        known = {PREFIX + name.upper() for name in cls.model_fields}
+        unknown = sorted(n for n in names if n.upper() not in known)
+        if unknown:
+            raise BadRequestError(f"{unknown[0]} is not a setting of the engine: {_near(unknown[0], known)}")
+        try:
+            return cls()
+        except ValidationError as error:
+            raise BadRequestError(_one_line(error)) from None
+
+    @property
+    def is_loopback(self) -> bool:
+        return self.host in ("127.0.0.1", "::1", "localhost")
+
+    def url(self, port: int) -> str:
+        """Where others find this engine, which listens on `port`."""
+        return self.advertise_url.rstrip("/") if self.advertise_url is not None else self.local_url(port)
+
+    def local_url(self, port: int) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"http://{host}:{port}"
+
+    def read_secret(self) -> bytes | None:
+        """The secret of the file, without white space around it. Raises `BadRequestError`."""
+        if self.secret_file is None:
+            return None
+        name = f"{PREFIX}SECRET_FILE"
+        try:
+            with self.secret_file.open("rb") as file:
+                content = file.read(_MAX_SECRET_BYTES + 1).strip()
+        except OSError as error:
+            raise BadRequestError(f"{name}: {self.secret_file}: cannot be read: {error.strerror}") from None
+        if not content or len(content) > _MAX_SECRET_BYTES or not re.fullmatch(rb"[\x21-\x7e]+", content):
+            raise BadRequestError(
+                f"{name}: {self.secret_file}: must hold one line of 1 to {_MAX_SECRET_BYTES} printable characters"
+            )
+        return content
+
+    @field_validator("advertise_url", "redis_url")
+    @classmethod
+    def _urls(cls, value: str | None, info: Any) -> str | None:
+        schemes = ("http", "https") if info.field_name == "advertise_url" else ("redis", "rediss", "unix")
+        if value is not None:
+            parts = urlsplit(value)
+            if parts.scheme not in schemes or not (parts.hostname or (parts.scheme == "unix" and parts.path)):
+                raise ValueError(f"must be a URL like {schemes[0]}://host:port")
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.heads is not None and self.store is not None:
+            raise ValueError(
+                f"{PREFIX}HEADS is one folder for good, {PREFIX}STORE is followed: set one of the two, not both"
+            )
+        if self.store_backbone is not None and self.store is None:
+            raise ValueError(f"{PREFIX}STORE_BACKBONE names a folder in a store: set {PREFIX}STORE as well")
+        if self.store is not None and self.drafter in ("ngram", "none"):
+            raise ValueError(
+                f"{PREFIX}DRAFTER {self.drafter} leaves the heads of {PREFIX}STORE unused: unset one of the two"
+            )
+        if self.redis_url is not None and self.advertise_url is None and self.host in _ANY_ADDRESS:
+            raise ValueError(
+                f"{PREFIX}HOST {self.host} is every address: set {PREFIX}ADVERTISE_URL to where the gateway finds it"
+            )
+        return self
+
+
+def _one_line(error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    message = first["msg"].removeprefix("Value error, ")
+    if not first["loc"]:
+        return message
+    name = PREFIX + str(first["loc"][0]).upper()
+    hint = ""
+    # Kubernetes gives every container such a variable for each service of the namespace, named after it.
+    if os.environ.get(name, "").startswith("tcp://"):
+        hint = " (set by Kubernetes for a service of that name: use `enableServiceLinks: false`)"
+    return f"{name}: {message}{hint}"
+
+
+def _near(name: str, known: set[str]) -> str:
+    from difflib import get_close_matches
+
+    if re.search(r"_(SERVICE_(HOST|PORT)|PORT_\d+_TCP)", name):
+        return "Kubernetes sets it for a service of that name: use `enableServiceLinks: false`"
+    close = get_close_matches(name.upper(), known, n=1)
+    return f"did you mean {close[0]}?" if close else "see the settings table of the engine"
+
+
+def _host_name() -> str:
+    return re.sub(r"[^A-Za-z0-9._-]", "-", socket.gethostname()).strip("._-")[:64] or "engine"

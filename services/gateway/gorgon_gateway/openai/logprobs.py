@@ -1,0 +1,40 @@
+"""Log-probabilities in OpenAI's two shapes, out of a `TokenMessage`'s."""
+
+from typing import Any, Final
+
+_REPLACEMENT: Final = "\ufffd"  # what stands for bytes that are no whole character
+
+
+def chat_logprobs(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """`logprobs.content` of a chat's choice."""
+    return [{**_entry(entry), "top_logprobs": [_entry(top) for top in entry["top"]]} for entry in entries]
+
+
+def _entry(entry: dict[str, Any]) -> dict[str, Any]:
+    token: str = entry["token"]
+    encoded = None if _REPLACEMENT in token else list(token.encode())
+    return {"token": token, "logprob": entry["logprob"], "bytes": encoded}
+
+
+class CompletionLogprobs:
+    """Of one answer: knows how long its text is by now, for `text_offset`."""
+
+    def __init__(self, num_top: int) -> None:
+        self._num_top = num_top
+        self._offset = 0
+
+    def take(self, fields: dict[str, Any]) -> dict[str, Any]:
+        """`logprobs` of a completion's choice, for the tokens of one message. An offset is that of the text that the
+        token released, which may begin later than the token (UTF-8, held-back stop strings)."""
+        offsets: list[int] = []
+        for piece in fields["pieces"]:
+            offsets.append(self._offset)
+            self._offset += len(piece)
+        entries = fields["logprobs"] or []
+        tops = [{top["token"]: top["logprob"] for top in entry["top"]} for entry in entries] if self._num_top else None
+        return {
+            "tokens": [entry["token"] for entry in entries],
+            "token_logprobs": [entry["logprob"] for entry in entries],
+            "top_logprobs": tops,
+            "text_offset": offsets,
+        }

@@ -1,0 +1,242 @@
+"""Readers that leave, stand still or come in crowds: the slot is freed, nothing is lost, each stream has one end."""
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+
+from gorgon_engine.engine import Engine
+from gorgon_engine.events import Event
+from gorgon_engine.server.loader import load_engine
+from gorgon_engine.server.settings import EngineSettings
+from gorgon_engine.server.worker import LoadProgress
+from gorgon_protocol.messages import MESSAGE, ErrorMessage, FinishedMessage, Message, TokenMessage
+
+# Never ends by itself within a test that paces the engine.
+ENDLESS = {"prompt": "the cat", "request_id": "mine", "seed": 3, "ignore_eos": True, "temperature": 0.8}
+
+
+class Pace:
+    """Lets the engine make one step after another, when told to."""
+
+    def __init__(self) -> None:
+        self._steps = threading.Semaphore(0)
+        self._free = threading.Event()
+        self.num_steps = 0
+
+    def load(self, settings: EngineSettings, progress: LoadProgress) -> Engine:
+        engine = load_engine(settings, progress)
+        step = engine.step
+
+        def paced() -> list[Event]:
+            while not self._free.is_set():
+                if self._steps.acquire(timeout=0.05):
+                    break
+            self.num_steps += 1
+            return step()
+
+        engine.step = paced  # type: ignore[method-assign]
+        return engine
+
+    def steps(self, count: int) -> None:
+        self._steps.release(count)
+
+    def free(self) -> None:
+        self._free.set()
+
+
+@contextmanager
+def paced(serve: Any, **settings: Any) -> Iterator[tuple[Any, Pace]]:
+    """A service whose engine steps when told to, until the block ends."""
+    pace = Pace()
+    with serve(pace.load, **settings) as running:
+        try:
+            running.wait_until_ready()
+            yield running, pace
+        finally:
+            pace.free()
+
+
+def post(running: Any, body: dict[str, Any], *, receive_bytes: int | None = None) -> socket.socket:
+    """A request on a connection of its own, not read yet."""
+    connection = socket.socket()
+    if receive_bytes is not None:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
+    connection.settimeout(60.0)
+    connection.connect(("127.0.0.1", int(running.url.rpartition(":")[2])))
+    content = json.dumps(body).encode()
+    head = f"POST /generate HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Length: {len(content)}\r\n\r\n"
+    connection.sendall(head.encode() + content)
+    return connection
+
+
+def read(connection: socket.socket) -> tuple[list[Message], bool]:
+    """The messages of a response up to the connection's end, and whether the response was complete."""
+    raw = b""
+    try:
+        while part := connection.recv(1 << 20):
+            raw += part
+    except ConnectionResetError:
+        pass
+    head, _, rest = raw.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200 "), head
+    body, whole = b"", False
+    while rest:
+        size, _, rest = rest.partition(b"\r\n")
+        if int(size, 16) == 0:
+            whole = True
+            break
+        body += rest[: int(size, 16)]
+        rest = rest[int(size, 16) + 2 :]
+    lines = body.splitlines()
+    if not whole and not body.endswith(b"\n"):
+        lines = lines[:-1]
+    return [MESSAGE.validate_json(line) for line in lines], whole
+
+
+def ids(messages: list[Message]) -> list[int]:
+    return [token for message in messages if isinstance(message, TokenMessage) for token in message.token_ids]
+
+
+def test_a_reader_that_leaves_frees_its_slot_by_the_next_step(serve: Any) -> None:
+    with paced(serve, num_slots=1) as (running, pace):
+        connection = post(running, ENDLESS)
+        pace.steps(5)
+        running.wait_for(lambda: running.info()["num_running"] == 1 and pace.num_steps >= 5)
+        connection.close()
+        generations = running.service._generations
+        worker = running.service._worker
+        running.wait_for(lambda: worker._commands.qsize() > 0)  # the cancellation is there before the next step
+        pace.steps(2)  # the one that has begun, and the next
+        running.wait_for(lambda: running.info()["num_running"] == 0)
+        assert generations.num_open == 0
+        pace.free()
+        answer = running.client.post("/generate", json=ENDLESS | {"max_tokens": 3})
+        assert len(ids([MESSAGE.validate_json(line) for line in answer.text.splitlines()])) == 3
+        assert 'request_success_total{finished_reason="cancelled"} 1.0' in running.client.get("/metrics").text
+
+
+def test_a_reader_that_leaves_the_queue_is_forgotten(serve: Any) -> None:
+    with paced(serve, num_slots=1) as (running, pace):
+        first = post(running, ENDLESS)
+        pace.steps(3)
+        running.wait_for(lambda: running.info()["num_running"] == 1)
+        second = post(running, ENDLESS)
+        running.wait_for(lambda: running.service._generations.num_open == 2)
+        second.close()
+        pace.free()
+        running.wait_for(lambda: running.service._generations.num_open == 1)
+        assert running.info()["num_running"] == 1
+        first.close()
+        running.wait_for(lambda: running.service._generations.num_open == 0)
+
+
+def test_a_slow_reader_loses_nothing(serve: Any) -> None:
+    body = ENDLESS | {"max_tokens": 400, "tree_debug": True, "logprobs": 20}
+    with serve(max_buffered_messages=4) as running:
+        running.wait_until_ready()
+        with post(running, body) as connection:
+            quick, whole = read(connection)
+        assert whole
+        connection = post(running, body, receive_bytes=4096)
+        generations = running.service._generations
+        running.wait_for(lambda: generations.num_open == 0)  # the model has not waited for the reader
+        slow, whole = read(connection)
+        connection.close()
+        assert whole
+        assert ids(slow) == ids(quick)
+        assert isinstance(slow[-1], FinishedMessage)
+        text = ["".join(m.text for m in ms if isinstance(m, TokenMessage | FinishedMessage)) for ms in (slow, quick)]
+        assert text[0] == text[1]
+        logprobs = [
+            [entry.token_id for m in ms if isinstance(m, TokenMessage) for entry in m.logprobs or ()]
+            for ms in (slow, quick)
+        ]
+        assert logprobs[0] == logprobs[1] == ids(quick)
+        merged = running.client.get("/metrics").text.partition("\ngorgon:merged_messages_total ")[2].split()[0]
+        assert float(merged) > 0
+
+
+def test_a_reader_that_stands_still_is_ended_and_told(serve: Any) -> None:
+    body = ENDLESS | {"max_tokens": 480, "tree_debug": True, "logprobs": 20}
+    with serve(max_buffered_messages=4, slow_reader_seconds=3.0, num_slots=1) as running:
+        running.wait_until_ready()
+        connection = post(running, body, receive_bytes=4096)
+        running.wait_for(lambda: 'request_failure_total{code="slow_reader"} 1.0' in running.client.get("/metrics").text)
+        running.wait_for(lambda: running.info()["num_running"] == 0)
+        messages, whole = read(connection)  # within the second deadline
+        connection.close()
+        assert whole
+        assert isinstance(messages[-1], ErrorMessage)
+        assert messages[-1].code == "slow_reader"
+        assert messages[-1].request_id == "mine"
+        assert not any(isinstance(m, FinishedMessage) for m in messages)
+
+
+def test_a_reader_that_never_reads_again_is_cut_off(serve: Any) -> None:
+    body = ENDLESS | {"max_tokens": 480, "tree_debug": True, "logprobs": 20}
+    with serve(max_buffered_messages=4, slow_reader_seconds=0.2, num_slots=1) as running:
+        running.wait_until_ready()
+        connection = post(running, body, receive_bytes=4096)
+        running.wait_for(lambda: 'request_failure_total{code="slow_reader"} 1.0' in running.client.get("/metrics").text)
+        time.sleep(0.6)
+        messages, whole = read(connection)
+        connection.close()
+        assert not whole, "the connection was dropped in the middle"
+        assert not any(isinstance(m, FinishedMessage) for m in messages)
+
+
+def test_a_crowd_is_served_up_to_the_queue_and_the_rest_is_sent_away(serve: Any) -> None:
+    with serve(num_slots=2, max_waiting=5, context=4000) as running:
+        running.wait_until_ready()
+
+        def ask(number: int) -> httpx.Response:
+            return httpx.post(
+                f"{running.url}/generate",
+                json=ENDLESS | {"max_tokens": 5, "request_id": f"r{number}"},
+                timeout=60.0,
+                trust_env=False,
+            )
+
+        with ThreadPoolExecutor(20) as pool:
+            first = post(running, ENDLESS)
+            second = post(running, ENDLESS)
+            running.wait_for(lambda: running.info()["num_running"] == 2)  # both slots are taken for long
+            answers = [pool.submit(ask, number) for number in range(20)]
+            running.wait_for(lambda: sum(answer.done() for answer in answers) == 15)
+            for connection in (first, second):
+                connection.close()
+            responses = [answer.result() for answer in answers]
+        refused = [r for r in responses if r.status_code == 429]
+        served = [r for r in responses if r.status_code == 200]
+        assert (len(refused), len(served)) == (15, 5)
+        for response in refused:
+            assert response.json()["error"]["code"] == "queue_full"
+            assert int(response.headers["retry-after"]) >= 1
+        for response in served:
+            messages = [MESSAGE.validate_json(line) for line in response.text.splitlines()]
+            assert len(ids(messages)) == 5
+            assert isinstance(messages[-1], FinishedMessage)
+
+
+def test_waiting_has_a_deadline(serve: Any) -> None:
+    with paced(serve, num_slots=1) as (running, pace):
+        first = post(running, ENDLESS)
+        pace.steps(3)
+        running.wait_for(lambda: running.info()["num_running"] == 1)
+        second = post(running, ENDLESS | {"timeout_seconds": 0.01})
+        running.wait_for(lambda: running.service._generations.num_open == 2)
+        time.sleep(0.02)
+        pace.steps(3)
+        messages, whole = read(second)
+        assert whole
+        assert isinstance(messages[-1], ErrorMessage)
+        assert messages[-1].code == "timeout"
+        first.close()
+        second.close()
