@@ -18,6 +18,7 @@ from redis.exceptions import RedisError
 
 from gorgon_engine.server.logs import logger
 from gorgon_protocol.cancellation import heed_cancellation
+from gorgon_protocol.cancellation import heed_cancellation
 
 ENGINE_KEY = "gorgon:engines:{engine_id}"
 HEADS_CHANNEL = "gorgon:heads"
@@ -57,6 +58,7 @@ class EngineDirectory:
                 self._changed.clear()
                 try:
                     await self._write(redis)
+                    heed_cancellation()
                     self._tell(True)
                     pause = _FIRST_PAUSE
                 except _LOST as error:
@@ -97,10 +99,12 @@ async def listen_for_heads(url: str, notify: Callable[[], None]) -> None:
         try:
             async with _client(url, health_check_interval=_PING_SECONDS) as redis, redis.pubsub() as channel:
                 await channel.subscribe(HEADS_CHANNEL)
+                heed_cancellation()
                 pause = _FIRST_PAUSE
                 notify()  # for what was said while nobody listened
                 while True:
                     message = await channel.get_message(ignore_subscribe_messages=True, timeout=_PING_SECONDS)
+                    heed_cancellation()
                     heed_cancellation()
                     if message is not None:
                         notify()
