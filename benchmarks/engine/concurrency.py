@@ -87,7 +87,9 @@ def measure(engine: Engine, arguments: argparse.Namespace) -> dict[int, dict[boo
 
 
 def table(runs: dict[int, dict[bool, list[Run]]]) -> str:
-    rows = [f"{'streams':>7} {'off':>8} {'on':>8} {'on/off':>7} {'scaling off':>12} {'scaling on':>11} {'tokens/step':>12}"]
+    rows = [
+        f"{'streams':>7} {'off':>8} {'on':>8} {'on/off':>7} {'scaling off':>12} {'scaling on':>11} {'tokens/step':>12}"
+    ]
     first = runs[min(runs)]
     for num_streams, both in runs.items():
         off, on = (rate(both[speculate]) for speculate in (False, True))
@@ -102,7 +104,9 @@ def table(runs: dict[int, dict[bool, list[Run]]]) -> str:
             f"{num_streams:7} {off:8.1f} {on:8.1f} {ratio:7.2f} {off / rate(first[False]):12.2f} "
             f"{on / rate(first[True]):11.2f} {length:12.2f}"
         )
-    same = all(one.answers == other.answers for both in runs.values() for one, other in zip(*both.values(), strict=True))
+    same = all(
+        one.answers == other.answers for both in runs.values() for one, other in zip(*both.values(), strict=True)
+    )
     return "\n".join([*rows, f"identical tokens with and without speculation: {'yes' if same else 'NO'}"])
 
 
@@ -130,12 +134,18 @@ def main() -> None:
     runs = measure(engine, arguments)
     if arguments.json:
         figures = {
-            n: {("on" if speculate else "off"): [one.tokens_per_second for one in several] for speculate, several in both.items()}
+            n: {
+                ("on" if speculate else "off"): [one.tokens_per_second for one in several]
+                for speculate, several in both.items()
+            }
             for n, both in runs.items()
         }
         print(json.dumps({"temperature": arguments.temperature, "tokens_per_second": figures}))
         return
-    print(f"{engine.backbone.kernels}, heads {engine.heads}, temperature {arguments.temperature}, loaded in {loaded:.1f} s")
+    print(
+        f"{engine.backbone.kernels}, heads {engine.heads}, temperature {arguments.temperature}, "
+        f"loaded in {loaded:.1f} s"
+    )
     print(table(runs))
 
 

@@ -18,7 +18,6 @@ from redis.exceptions import RedisError
 
 from gorgon_engine.server.logs import logger
 from gorgon_protocol.cancellation import heed_cancellation
-from gorgon_protocol.cancellation import heed_cancellation
 
 ENGINE_KEY = "gorgon:engines:{engine_id}"
 HEADS_CHANNEL = "gorgon:heads"
@@ -58,7 +57,6 @@ class EngineDirectory:
                 self._changed.clear()
                 try:
                     await self._write(redis)
-                    heed_cancellation()
                     self._tell(True)
                     pause = _FIRST_PAUSE
                 except _LOST as error:
@@ -104,7 +102,6 @@ async def listen_for_heads(url: str, notify: Callable[[], None]) -> None:
                 notify()  # for what was said while nobody listened
                 while True:
                     message = await channel.get_message(ignore_subscribe_messages=True, timeout=_PING_SECONDS)
-                    heed_cancellation()
                     heed_cancellation()
                     if message is not None:
                         notify()

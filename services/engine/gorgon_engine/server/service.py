@@ -149,6 +149,7 @@ class EngineService:
             return await self._generations.submit(wire, request)
         except GorgonError as error:
             self.metrics.refused(error.code)
+            logger().info("refused", request_id=wire.request_id, outcome=error.code, reason=str(error))
             raise
 
     def reader_left(self, generation: Generation) -> None:
