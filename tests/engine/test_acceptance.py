@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gorgon_engine.acceptance import TYPICAL_ALPHA, TYPICAL_THRESHOLD, AcceptanceRule, accept
+from gorgon_engine.backbone.base import RowLogits
 from gorgon_engine.random import Stream, gumbel_noise
 from gorgon_engine.sampling import SamplingBatch, SamplingParams, TokenCounts, process_logits, sample
 from gorgon_engine.tree.tree import TreeBatch, ancestor_words
@@ -93,7 +94,7 @@ def test_the_emitted_token_follows_the_backbone(name: str, vocab: int, draws: in
         )
         result = accept(
             tree,
-            logits.expand(batch, 4, -1),
+            RowLogits.of(logits.expand(batch, 4, -1)),
             positions=torch.full((batch,), 40),
             sampling=sampling_rows(PARAMS[name], seeds, vocab),
             counts=histories(batch, vocab),
@@ -121,7 +122,7 @@ def test_rejection_accepts_more_than_chance_and_a_perfect_draft_always() -> None
     )
     result = accept(
         tree,
-        logits.expand(batch, 2, -1),
+        RowLogits.of(logits.expand(batch, 2, -1)),
         positions=torch.full((batch,), 7),
         sampling=sampling_rows(SamplingParams(temperature=1.0), seeds, vocab),
         counts=None,
@@ -141,7 +142,7 @@ def test_greedy_is_greedy_under_every_rule(rule: AcceptanceRule) -> None:
     tree = make_tree(torch.tensor([[0, 2, 3, 5]]), torch.tensor([[-1, 0, 0, 2]]), ranks=torch.tensor([[0, 0, 1, 0]]))
     result = accept(
         tree,
-        logits,
+        RowLogits.of(logits),
         positions=torch.tensor([10]),
         sampling=sampling_rows(SamplingParams(), torch.tensor([0]), vocab),
         counts=None,
@@ -169,7 +170,7 @@ def test_lossless_walk_is_plain_decoding_one_node_at_a_time(seed: int, name: str
     tree, counts = make_tree(tokens, parents), histories(batch, vocab)
     result = accept(
         tree,
-        logits,
+        RowLogits.of(logits),
         positions=torch.tensor([30, 77]),
         sampling=sampling_rows(params, seeds, vocab),
         counts=counts,
@@ -211,7 +212,7 @@ def test_typical_keeps_the_deepest_passing_path(seed: int, num_nodes: int) -> No
     row = sampling_rows(params, torch.tensor([5]), vocab)
     result = accept(
         tree,
-        logits,
+        RowLogits.of(logits),
         positions=torch.tensor([3]),
         sampling=row,
         counts=counts,

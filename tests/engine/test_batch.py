@@ -1,10 +1,12 @@
 """Batches that join keep every sequence's guesses, whoever drafted them."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from gorgon_engine.batch import RunningBatch
-from gorgon_engine.sampling import SamplingBatch, SamplingParams
+from gorgon_engine.sampling import SamplingBatch, SamplingParams, TokenCounts
 from gorgon_engine.tree.tree import MergedCandidates, flatten
 
 CPU = torch.device("cpu")
@@ -73,3 +75,21 @@ def test_each_side_keeps_its_guesses(first: MergedCandidates | None, second: Mer
 
 def test_two_sides_without_guesses_have_none() -> None:
     assert batch(0, None).join(batch(1, None), [SamplingParams(), SamplingParams()]).candidates is None
+
+
+def test_who_is_not_penalised_shares_a_batch_with_who_is() -> None:
+    penalised = SamplingParams(repetition_penalty=1.3)
+    counted = batch(1, None)
+    counts = TokenCounts.empty(counted.root_tokens, 50)
+    counts.in_prompt[0, 7] = True
+    counts.in_output[0, 9] = 2
+    counted = replace(counted, counts=counts)
+    joined = batch(0, None).join(counted, [SamplingParams(), penalised]).join(batch(2, None), [
+        SamplingParams(), penalised, SamplingParams()])  # fmt: skip
+    assert joined.counts is not None
+    assert joined.counts.in_prompt.nonzero().tolist() == [[1, 7]]
+    assert joined.counts.in_output.nonzero().tolist() == [[1, 9]]
+    left = joined.select([1, 2], [penalised, SamplingParams()])
+    assert left.counts is not None
+    assert left.counts.in_prompt.nonzero().tolist() == [[0, 7]]
+    assert joined.select([0, 2], [SamplingParams(), SamplingParams()]).counts is None, "nobody needs them any more"

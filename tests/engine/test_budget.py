@@ -1,8 +1,13 @@
-"""Costly drafters run while they pay, and hardly at all while they do not."""
+"""Costly drafters run while they pay, and hardly at all while they do not; trees are as large as pays for all."""
 
 import pytest
 
-from gorgon_engine.budget import CostlyDrafting
+from gorgon_engine.batch import RunningBatch
+from gorgon_engine.budget import CostlyDrafting, TreeBudget
+from gorgon_engine.detokenizer import IncrementalDetokenizer
+from gorgon_engine.sequence import Request, Sequence, SpeculationParams
+from gorgon_engine.step import StepResult, StepSeconds
+from gorgon_engine.tree.cost_model import CostModel, Curve
 
 PASS = 2.0  # seconds of a verification pass
 PLAIN_RATE = 1.0  # tokens a second without speculation
@@ -68,3 +73,76 @@ def test_measured_drafts_correct_the_calibrated_figure() -> None:
         drafting.observe(batch=1, ran=True, num_tokens=9, seconds=PASS, plain_rate=PLAIN_RATE, draft_seconds=0.4)
     assert drafting.draft_seconds(1) == pytest.approx(0.4, rel=1e-3)
     assert drafting.draft_seconds(3) == pytest.approx(0.8, rel=1e-3), "of larger batches too"
+
+
+def sequences(path_probs: list[list[float]], speculation: SpeculationParams | None = None) -> list[Sequence]:
+    request = Request("one", (1,), speculation=speculation or SpeculationParams())
+    made = [Sequence(request, IncrementalDetokenizer.__new__(IncrementalDetokenizer)) for _ in path_probs]
+    for sequence, probs in zip(made, path_probs, strict=True):
+        sequence.path_probs = probs
+    return made
+
+
+class TestTreeBudget:
+    """A machine on which rows are free up to 8, and then cost as much as a sequence of their own."""
+
+    model = CostModel(rows=(1, 8, 64), seconds=(1.0, 1.0, 8.0), plain=Curve((1, 8, 16), (1.0, 1.0, 2.0)))
+
+    def test_everything_is_verified_where_nothing_was_measured(self) -> None:
+        budget = TreeBudget(max_nodes=4, cost_model=None)
+        assert budget.choose(sequences([[0.9, 0.1, 0.01, 0.001], [0.2], []])) == [4, 2, 1]
+        assert budget.plain_tokens_per_second(1) is None
+        assert budget.prefill_rows(3) == 64
+        assert budget.wants_costly(7)
+
+    def test_trees_shrink_to_plain_decoding_as_streams_come(self) -> None:
+        budget = TreeBudget(max_nodes=32, cost_model=self.model)
+        guesses = [0.5, 0.3, 0.1, 0.1, 0.1, 0.1, 0.1]
+        nodes = [sum(budget.choose(sequences([guesses] * count))) / count for count in (1, 2, 4, 8, 16)]
+        assert nodes == [8, 4, 2, 1, 1]
+
+    def test_requests_have_limits_of_their_own(self) -> None:
+        budget = TreeBudget(max_nodes=32, cost_model=self.model)
+        assert budget.choose(sequences([[0.9, 0.8, 0.7]], SpeculationParams(max_nodes=2))) == [2]
+        assert budget.choose(sequences([[0.9, 0.8, 0.7]], SpeculationParams(enabled=False))) == [1]
+
+    def test_prompts_run_for_as_long_as_some_plain_steps(self) -> None:
+        prefill = Curve((10, 110), (0.5, 5.5))
+        budget = TreeBudget(32, self.model, prefill=prefill, max_stall_steps=2.0)
+        assert budget.prefill_rows(1) == 40
+        assert budget.prefill_rows(16) == 80
+        assert TreeBudget(32, self.model, prefill=prefill, max_stall_steps=0.0).prefill_rows(1) == 16, "it gets on"
+
+    def test_other_drafters_start_over(self) -> None:
+        budget = TreeBudget(32, self.model, CostlyDrafting(0.1))
+        for _ in range(40):
+            budget.choose(sequences([[0.9]]))
+            budget.observe(sequences([[0.9]]), result(tokens=[[1]], num_drafted=[1]))
+        assert budget.trust < 0.5
+        other = CostlyDrafting(0.2)
+        budget.start_over(other)
+        assert (budget.trust, budget.costly) == (1.0, other)
+
+    def test_a_machine_that_is_slower_now_is_so_for_drafts_and_passes(self) -> None:
+        """Everything takes ten times as long as at start-up: drafts cost no more than they did."""
+        costly = CostlyDrafting(seconds=0.25)
+        budget = TreeBudget(32, self.model, costly)
+        for _ in range(100):
+            budget.choose(sequences([[0.9]]))
+            seconds = StepSeconds(draft=2.5, verify=9.0, accept=0.7, commit=0.3)
+            budget.observe(sequences([[0.9]]), result(tokens=[[1, 2]], num_drafted=[1], seconds=seconds))
+        assert costly.draft_seconds(1) == pytest.approx(0.25)
+
+
+def result(tokens: list[list[int]], num_drafted: list[int], seconds: StepSeconds | None = None) -> StepResult:
+    return StepResult(
+        batch=RunningBatch.__new__(RunningBatch),
+        tokens=tokens,
+        num_drafted=num_drafted,
+        path_probs=[],
+        logprobs=None,
+        traces=None,
+        seconds=seconds or StepSeconds(),
+        drafted=True,
+        drafted_costly=True,
+    )

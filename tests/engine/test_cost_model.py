@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gorgon_engine.tree.cost_model import CostModel
+from gorgon_engine.tree.cost_model import CostModel, Curve
 
 
 def test_between_and_beyond_the_measured_points() -> None:
@@ -44,3 +44,43 @@ def test_one_sequence_gets_the_best_rate(probs: list[float], increments: list[fl
 
     (chosen,) = model.choose_nodes([probs], max_nodes=13)
     assert rate(chosen) >= max(rate(n) for n in range(1, len(probs) + 2)) - 1e-9
+
+
+def test_sequences_of_a_batch_cost_what_was_measured_of_them() -> None:
+    plain = Curve((1, 2, 8), (1.0, 1.5, 3.0))
+    model = CostModel(rows=(1, 8, 16), seconds=(1.0, 2.4, 4.0), plain=plain)
+    assert model.plain_seconds(8) == 3.0
+    assert model.step_seconds(8, 8) == 3.0
+    assert model.step_seconds(16, 8) == pytest.approx(3.0 + 4.0 - 2.4)
+    assert model.step_seconds(1, 2) == 1.5, "never less than a plain step"
+
+
+def test_trees_of_more_sequences_cost_more() -> None:
+    model = CostModel(rows=(1, 64), seconds=(1.0, 1.0), draft_seconds=0.1, draft_seconds_each=0.05)
+    assert model.tree_seconds(1) == pytest.approx(0.1)
+    assert model.tree_seconds(5) == pytest.approx(0.3)
+    worth = [[0.05, 0.04]]
+    assert model.choose_nodes(worth, max_nodes=3) == [1], "0.09 tokens for 0.1 steps"
+    assert model.choose_nodes([[0.9]] * 5, max_nodes=3) == [2] * 5
+
+
+def test_the_same_guesses_that_pay_for_one_stream_do_not_for_sixteen() -> None:
+    """Rows are nearly free up to 16, then each costs a sixteenth of a step."""
+    model = CostModel(rows=(1, 16, 32), seconds=(1.0, 1.02, 2.02))
+    guesses = [0.6, 0.3, 0.2, 0.1]
+    assert model.choose_nodes([guesses], max_nodes=5) == [5]
+    assert model.choose_nodes([guesses] * 16, max_nodes=5) == [1] * 16
+
+
+def test_a_gain_that_is_too_small_is_none() -> None:
+    model = CostModel(rows=(1, 2), seconds=(1.0, 1.0))
+    assert model.choose_nodes([[0.015]], max_nodes=2) == [2]
+    assert model.choose_nodes([[0.015]], max_nodes=2, least_gain=1.02) == [1]
+    assert model.choose_nodes([[0.025]], max_nodes=2, least_gain=1.02) == [2]
+
+
+@given(budget=st.floats(0.0, 10.0), least=st.integers(1, 20), more=st.integers(0, 60))
+def test_the_longest_pass_within_a_time(budget: float, least: int, more: int) -> None:
+    curve = Curve((4, 16), (1.0, 2.0))
+    fitting = [count for count in range(least, least + more + 1) if curve.at(count) <= budget]
+    assert curve.longest_within(budget, least=least, most=least + more) == max(fitting, default=least)

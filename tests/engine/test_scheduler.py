@@ -15,7 +15,7 @@ from gorgon_engine.backbone.base import Backbone
 from gorgon_engine.drafters.eagle import EagleDrafter
 from gorgon_engine.drafters.ngram import NgramDrafter
 from gorgon_engine.engine import Engine
-from gorgon_engine.events import FailedEvent, FinishedEvent, StatusEvent, TokenEvent
+from gorgon_engine.events import FailedEvent, TokenEvent
 from gorgon_engine.heads.eagle import EagleShape
 from gorgon_engine.heads.native import pack_eagle_for_cpu
 from gorgon_engine.prepared import PreparedHeads
@@ -391,93 +391,6 @@ def test_an_interrupt_passes_through_and_prompts_begin_again(
     assert ends[running.id] is FinishReason.CANCELLED
     if ends[arriving.id] is not FinishReason.CANCELLED:
         assert answers[arriving.id].token_ids == alone[2]
-
-
-class TestLongPrompts:
-    def test_they_run_in_portions_beside_the_streams(
-        self, folder: Path, backbone: Backbone, drafter_sets: list[PreparedHeads], alone: list[list[int]]
-    ) -> None:
-        engine = make_engine(folder, backbone, drafter_sets[1])
-        stream = engine.request([5], SamplingParams(max_tokens=60, ignore_eos=True))
-        prompt = engine.request(*KINDS[2])
-        answers = {request.id: Answer() for request in (stream, prompt)}
-        engine.submit(stream)
-        take_all(answers, engine.step())
-        engine.submit(prompt)
-        num_steps = 0
-        while not answers[prompt.id].events:
-            before = len(answers[stream.id].events)
-            take_all(answers, engine.step())
-            num_steps += 1
-            assert len(answers[stream.id].events) == before + 1, "no step without the stream"
-        assert num_steps == 3  # of 70 positions, 24 at a time
-        statuses = answers[prompt.id].statuses
-        assert [status.state for status in statuses] == ["prefill", "prefill"]
-        assert [status.progress for status in statuses] == pytest.approx([24 / 70, 48 / 70])
-        while engine.has_work:
-            take_all(answers, engine.step())
-        assert answers[prompt.id].token_ids == alone[2]
-        end = answers[prompt.id].end()
-        assert end.queue_seconds is not None
-        assert end.prefill_seconds is not None
-        assert end.ttft_seconds == pytest.approx(end.queue_seconds + end.prefill_seconds)
-
-    def test_a_short_one_does_not_wait_for_their_end(
-        self, folder: Path, backbone: Backbone, drafter_sets: list[PreparedHeads]
-    ) -> None:
-        engine = make_engine(folder, backbone, drafter_sets[0], chunk_size=8)
-        sampling = SamplingParams(max_tokens=2, ignore_eos=True)
-        long, short = engine.request(LONG, sampling), engine.request([5, 6, 7], sampling)
-        answers = {request.id: Answer() for request in (long, short)}
-        engine.submit(long)
-        engine.submit(short)
-        take_all(answers, engine.step())
-        assert answers[short.id].events
-        assert answers[long.id].statuses == [StatusEvent(long.id, "prefill", progress=5 / 70)]
-        engine.abort()
-
-    def test_cancelled_between_two_portions_the_slot_is_free(
-        self, folder: Path, backbone: Backbone, drafter_sets: list[PreparedHeads]
-    ) -> None:
-        engine = make_engine(folder, backbone, drafter_sets[3], num_slots=1)
-        request = engine.request(*KINDS[2])
-        engine.submit(request)
-        engine.step()
-        assert engine.num_running == 1
-        engine.cancel(request.id)
-        (end,) = engine.step()
-        assert isinstance(end, FinishedEvent)
-        assert (end.finish_reason, end.usage.completion_tokens) == (FinishReason.CANCELLED, 0)
-        assert (end.ttft_seconds, end.prefill_seconds) == (None, None)
-        assert (engine.has_work, engine.num_running, engine.kv_cache_usage) == (False, 0, 0.0)
-
-    def test_short_ones_that_come_together_share_a_pass(
-        self, folder: Path, backbone: Backbone, drafter_sets: list[PreparedHeads], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        engine = make_engine(folder, backbone, drafter_sets[0], chunk_size=512)
-        shapes: list[tuple[int, ...]] = []
-        forward = backbone.forward
-
-        def counted(inputs, *arguments, **options):  # type: ignore[no-untyped-def]
-            shapes.append(tuple(inputs.num_rows.tolist()))
-            return forward(inputs, *arguments, **options)
-
-        monkeypatch.setattr(backbone, "forward", counted)
-        for length in (3, 9, 5):
-            engine.submit(engine.request(LONG[:length], SamplingParams(max_tokens=2)))
-        engine.step()
-        assert shapes == [(3, 9, 5)]
-        engine.abort()
-
-    def test_padding_never_leaves_a_slot(self, folder: Path, backbone: Backbone, alone: list[list[int]]) -> None:
-        """Two prompts at different places whose common width would run over the end of the cache."""
-        engine = tiny_engine(folder, backbone, (), context=512, chunk_size=512, num_slots=3)
-        sampling = SamplingParams(max_tokens=3, ignore_eos=True)
-        prompt = [number % 300 for number in range(505)]
-        expected = run_all(engine, [engine.request(prompt, sampling)])[0].token_ids
-        many = tiny_engine(folder, backbone, (), context=512, chunk_size=700, num_slots=3)
-        requests = [many.request(prompt, sampling) for _ in range(3)]
-        assert [answer.token_ids for answer in run_all(many, requests)] == [expected] * 3
 
 
 def test_generate_takes_more_requests_than_may_wait(

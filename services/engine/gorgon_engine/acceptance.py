@@ -20,8 +20,9 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
+from gorgon_engine.backbone.base import RowLogits
 from gorgon_engine.random import Stream, gumbel_noise, uniform
-from gorgon_engine.sampling import SamplingBatch, TokenCounts, process_logits, sample
+from gorgon_engine.sampling import SamplingBatch, TokenCounts, argmax, process_logits, sample
 from gorgon_engine.tree.tree import TreeBatch, tree_mask
 
 # Medusa's defaults (FasterDecoding/Medusa: posterior_threshold, posterior_alpha = sqrt of it).
@@ -49,7 +50,7 @@ class Acceptance:
 
 def accept(
     tree: TreeBatch,
-    logits: Tensor,
+    logits: RowLogits,
     *,
     positions: Tensor,
     sampling: SamplingBatch,
@@ -57,13 +58,13 @@ def accept(
     rule: AcceptanceRule,
     max_depth: int,
 ) -> Acceptance:
-    """Walk every tree to its deepest accepted node. logits: [B, N, V]; positions: [B] of the roots.
+    """Walk every tree to its deepest accepted node. positions: [B] of the roots.
 
     Static-shaped: every walk takes max_depth + 1 steps on a GPU, those past the end do nothing. `counts` is updated in
     place with the emitted tokens.
     """
     if rule is AcceptanceRule.TYPICAL:
-        return _accept_typical(tree, logits, positions, sampling, counts, max_depth)
+        return _accept_typical(tree, logits.padded(), positions, sampling, counts, max_depth)
     batch, num_nodes = tree.tokens.shape
     device = tree.tokens.device
     node = torch.zeros(batch, dtype=torch.int64, device=device)
@@ -89,34 +90,46 @@ def accept(
     return Acceptance(path=torch.stack(path, dim=1), tokens=torch.stack(tokens, dim=1), num_committed=num_committed)
 
 
-@dataclass(frozen=True, slots=True)
 class _Walks:
     """What decides where the walks down B trees go on."""
 
-    tree: TreeBatch
-    logits: Tensor  # [B, N, V]
-    positions: Tensor  # [B] of the roots
-    sampling: SamplingBatch
-    counts: TokenCounts | None
-    rule: AcceptanceRule
+    def __init__(
+        self,
+        tree: TreeBatch,
+        logits: RowLogits,
+        positions: Tensor,
+        sampling: SamplingBatch,
+        counts: TokenCounts | None,
+        rule: AcceptanceRule,
+    ) -> None:
+        self._tree = tree
+        self._logits = logits
+        self._positions = positions
+        self._sampling = sampling
+        self._counts = counts
+        self._rule = rule
+        # Where only the largest logit counts, all nodes are looked at in one go.
+        is_argmax = rule is AcceptanceRule.LOSSLESS and sampling.is_argmax
+        self._best = argmax(logits.flat) if is_argmax else None  # [M]
 
     def next_tokens(self, depth: int, node: Tensor, is_child: Tensor, active: Tensor) -> Tensor:
         """What follows `node` [B], at `depth`, in the trees whose walk is `active` [B] bool: tokens [B]."""
-        batch, positions = node.shape[0], self.positions + depth + 1
-        rows = torch.arange(batch, device=node.device)
-        if self.rule is not AcceptanceRule.LOSSLESS:
-            target = process_logits(self.logits[rows, node], self.sampling, self.counts)
-            return _reject_children(self.tree, target, is_child, node, self.sampling, positions)
+        rows = torch.arange(node.shape[0], device=node.device)
+        if self._best is not None:
+            return self._best[self._logits.places(rows, node)]
+        sampling, counts, positions = self._sampling, self._counts, self._positions + depth + 1
+        if self._rule is not AcceptanceRule.LOSSLESS:
+            target = process_logits(self._logits.at(rows, node), sampling, counts)
+            return _reject_children(self._tree, target, is_child, node, sampling, positions)
+        if depth == 0:
+            return sample(process_logits(self._logits.first(), sampling, counts), sampling, positions)
         # On a CPU, where the flags are at hand, only the walks that go on are looked at; a GPU would have to wait.
-        if depth > 0 and node.device.type == "cpu":
-            some = active.nonzero()[:, 0]
-            if some.numel() < batch:
-                counts = None if self.counts is None else self.counts.select(some)
-                sampling = self.sampling.select(some)
-                target = process_logits(self.logits[some, node[some]], sampling, counts)
-                return torch.zeros_like(node).index_copy_(0, some, sample(target, sampling, positions[some]))
-        logits = self.logits[:, 0] if self.logits.shape[1] == 1 else self.logits[rows, node]  # no copy in a plain step
-        return sample(process_logits(logits, self.sampling, self.counts), self.sampling, positions)
+        if node.device.type != "cpu" or bool(active.all()):
+            return sample(process_logits(self._logits.at(rows, node), sampling, counts), sampling, positions)
+        some = active.nonzero()[:, 0]
+        sampling, counts = sampling.select(some), None if counts is None else counts.select(some)
+        target = process_logits(self._logits.at(some, node[some]), sampling, counts)
+        return torch.zeros_like(node).index_copy_(0, some, sample(target, sampling, positions[some]))
 
 
 def _reject_children(

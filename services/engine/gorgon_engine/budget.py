@@ -20,6 +20,9 @@ _UNMEASURED_PREFILL_ROWS = 64
 
 _LEAST_TRIAL_STEPS = 4
 
+# What speculation must promise, and bring, to be preferred: less than the promises are wrong by is no gain.
+_LEAST_GAIN = 1.04
+
 
 @dataclass(slots=True)
 class _Trial:
@@ -83,7 +86,7 @@ class CostlyDrafting:
         trial.steps_left -= 1
         if trial.steps_left > 0:
             return
-        if trial.tokens < trial.plain:
+        if trial.tokens < _LEAST_GAIN * trial.plain:
             trial.pause = min(max(2 * trial.pause, self.first_pause), self.longest_pause)
             trial.paused, trial.steps_left = True, trial.pause
         else:
@@ -145,13 +148,15 @@ class TreeBudget:
         limits = [self._limit(sequence) for sequence in sequences]
         drafted = [sequence.path_probs[: limit - 1] for sequence, limit in zip(sequences, limits, strict=True)]
         if self.cost_model is None:
-            nodes = [1 + sum(p > 0.0 for p in probs) for probs in drafted]
+            nodes = [1 + len(probs) for probs in drafted]
         else:
             trust, batch = self.trust, len(sequences)
             worth = [[min(p * trust, 1.0) for p in probs] for probs in drafted]
             costly = self.costly if self.costly is not None and self.costly.wanted(batch) else None
             spent = 0.0 if costly is None else costly.draft_seconds(batch)
-            nodes = self.cost_model.choose_nodes(worth, max_nodes=self.max_nodes, spent_seconds=spent)
+            nodes = self.cost_model.choose_nodes(
+                worth, max_nodes=self.max_nodes, spent_seconds=spent, least_gain=_LEAST_GAIN
+            )
         self._last_promise = sum(sum(probs[: n - 1]) for probs, n in zip(drafted, nodes, strict=True))
         return nodes
 

@@ -7,7 +7,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -21,10 +21,11 @@ from gorgon_engine.step import SpeculativeStep, Wanted
 from gorgon_engine.transfer import to_device
 from gorgon_engine.tree.candidates import CandidateTree
 from gorgon_engine.tree.cost_model import CostModel, Curve
-from gorgon_engine.tree.tree import MAX_NODES, ancestor_words, flatten, merge_candidates
+from gorgon_engine.tree.tree import MAX_NODES, ancestor_words, merge_candidates
 
 _PREFIX = 64  # positions in the cache while measuring
 _PREFILL_COUNTS = (32, 128)
+_TREE_NODES = 4  # of the steps that tell what trees cost beside the pass
 _MOST_SEQUENCES = 64
 _ROUNDS = 3
 _MAX_SECONDS = 2.0  # no further round begins after so long: a large model on a CPU takes seconds for one
@@ -32,10 +33,15 @@ _MAX_SECONDS = 2.0  # no further round begins after so long: a large model on a 
 
 @dataclass(frozen=True, slots=True)
 class DraftSeconds:
-    """Of the drafters that run a network: what they add to a draft of one sequence, and each further one."""
+    """What something takes for one sequence, and for each further one."""
 
     first: float
     each: float
+
+    @classmethod
+    def of(cls, batches: Sequence[int], seconds: Sequence[float]) -> "DraftSeconds":
+        """batches: ascending, from 1."""
+        return cls(seconds[0], max(seconds[-1] - seconds[0], 0.0) / max(batches[-1] - 1, 1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +68,16 @@ class _Stopwatch:
     def begin_round(self) -> None:
         self._rounds.append({})
 
-    def time(self, name: str, count: int, work: Callable[[], object]) -> None:
+    def time(self, name: str, count: int, work: Callable[[], object]) -> float:
+        """Seconds, also kept under (name, count)."""
         began = _now(self.device)
         work()
-        self._rounds[-1].setdefault((name, count), []).append(_now(self.device) - began)
+        seconds = _now(self.device) - began
+        self.keep(name, count, seconds)
+        return seconds
+
+    def keep(self, name: str, count: int, seconds: float) -> None:
+        self._rounds[-1].setdefault((name, count), []).append(seconds)
 
     def seconds(self, name: str, count: int, *, beside: tuple[str, int]) -> float:
         """The median, each time taken relative to what `beside` took in the same round."""
@@ -98,7 +110,7 @@ def calibrate_drafters(step: SpeculativeStep) -> DraftSeconds | None:
     for _ in range(1 + _ROUNDS):
         watch.begin_round()
         drafts.time(watch)
-    return drafts.costly_seconds(watch, beside=("cheap", 1))
+    return drafts.costly_seconds(watch, beside=("cheap draft", 1))
 
 
 class _Drafts:
@@ -109,41 +121,24 @@ class _Drafts:
         self.batches = sorted({1, min(step.cache.num_slots, _MOST_SEQUENCES)})
         generator = torch.Generator().manual_seed(0)
         self._contexts = {batch: self._context(batch, generator) for batch in self.batches}
-        self._guesses = {batch: self._chains(batch, generator) for batch in self.batches}
 
     def time(self, watch: _Stopwatch) -> None:
         for batch in self.batches:
-            watch.time("cheap", batch, partial(self._cheap, batch))
-            if self._step.drafting.has_costly:
-                watch.time("all", batch, partial(self._all, batch))
+            watch.time("cheap draft", batch, partial(self._draft, batch, costly=False))
+            watch.time("draft", batch, partial(self._draft, batch, costly=True))
 
     def costly_seconds(self, watch: _Stopwatch, *, beside: tuple[str, int]) -> DraftSeconds | None:
+        """What the costly drafters add."""
         if not self._step.drafting.has_costly:
             return None
         took = [
-            max(watch.seconds("all", batch, beside=beside) - watch.seconds("cheap", batch, beside=beside), 0.0)
+            max(watch.seconds("draft", batch, beside=beside) - watch.seconds("cheap draft", batch, beside=beside), 0.0)
             for batch in self.batches
         ]
-        return DraftSeconds(took[0], self._each(took))
+        return DraftSeconds.of(self.batches, took)
 
-    def cheap_seconds(self, watch: _Stopwatch, *, beside: tuple[str, int]) -> DraftSeconds:
-        took = [watch.seconds("cheap", batch, beside=beside) for batch in self.batches]
-        return DraftSeconds(took[0], self._each(took))
-
-    def _each(self, took: Sequence[float]) -> float:
-        return max(took[-1] - took[0], 0.0) / max(self.batches[-1] - 1, 1)
-
-    def _cheap(self, batch: int) -> None:
-        step, context = self._step, self._contexts[batch]
-        step.drafting.guess(context, costly=False)
-        # Random text gives a lookup nothing to find, and what is not found is not merged: that part is added here.
-        guesses = merge_candidates([self._guesses[batch]], max_nodes=step.max_nodes, max_depth=step.max_depth)
-        sizes = to_device([step.max_nodes] * batch, context.root_tokens.device)
-        flatten(context.root_tokens, guesses, sizes, step.max_nodes)
-
-    def _all(self, batch: int) -> None:
-        self._step.drafting.guess(self._contexts[batch], costly=True)
-        self._cheap(batch)
+    def _draft(self, batch: int, *, costly: bool) -> None:
+        self._step.drafting.guess(self._contexts[batch], costly=costly)
 
     def _context(self, batch: int, generator: torch.Generator) -> DraftContext:
         config, device = self._step.backbone.config, self._step.backbone.device
@@ -157,12 +152,6 @@ class _Drafts:
             seeds=torch.arange(batch, device=device),
             slots=torch.arange(batch, device=device),
         )
-
-    def _chains(self, batch: int, generator: torch.Generator) -> CandidateTree:
-        device, count = self._step.backbone.device, max(self._step.max_nodes - 1, 1)
-        tokens = torch.randint(self._step.backbone.config.vocab_size, (batch, count), generator=generator).to(device)
-        index = torch.arange(count, device=device).expand(batch, -1)
-        return CandidateTree(tokens, index - 1, -(index + 1).float(), torch.zeros_like(tokens), source="calibration")
 
 
 class _Measurement:
@@ -180,6 +169,8 @@ class _Measurement:
         self._prefill_rows = sorted({min(count, room) for count in _PREFILL_COUNTS})
         self._running = {count: _running(step, slots[:count], prefix) for count in self._batches}
         self._drafts = _Drafts(step)
+        for count in self._drafts.batches:
+            self._running.setdefault(count, _running(step, slots[:count], prefix))
         self._watch = _Stopwatch(step.backbone.device)
 
     def run(self) -> Calibration:
@@ -192,15 +183,16 @@ class _Measurement:
         plain = Curve(tuple(self._batches), _rising([self._seconds("plain", count) for count in self._batches]))
         passes = [self._seconds("pass", count) for count in self._rows]
         overhead = max(plain.seconds[0] - passes[0], 0.0)  # of a step beside its pass
-        cheap = self._drafts.cheap_seconds(self._watch, beside=("plain", 1))
+        batches = self._drafts.batches
+        trees = DraftSeconds.of(batches, [max(self._seconds("tree", count), 0.0) for count in batches])
         costly = self._drafts.costly_seconds(self._watch, beside=("plain", 1))
         return Calibration(
             plain_step_seconds=plain.seconds[0],
             cost_model=CostModel(
                 rows=tuple(self._rows),
                 seconds=_rising([plain.seconds[0], *(seconds + overhead for seconds in passes[1:])]),
-                draft_seconds=cheap.first,
-                draft_seconds_each=cheap.each,
+                draft_seconds=trees.first,
+                draft_seconds_each=trees.each,
                 plain=plain,
             ),
             prefill=Curve(
@@ -217,6 +209,8 @@ class _Measurement:
             self._watch.time("pass", count, partial(self._tree_pass, self._inputs(count, tree=True)))
         for count in self._prefill_rows:
             self._watch.time("prefill", count, partial(self._prefill_pass, self._inputs(count, tree=False)))
+        for count in self._drafts.batches:
+            self._tree_step(count)
         self._drafts.time(self._watch)
 
     def _seconds(self, name: str, count: int) -> float:
@@ -227,6 +221,37 @@ class _Measurement:
         plain = Wanted(draft=False)
         step.run(batch, [1] * count, max_length=self._prefix, rule=AcceptanceRule.LOSSLESS, wanted=plain)
         step.cache.append(batch.slots, -1)  # back to where it was: the next step is as long
+
+    def _tree_step(self, count: int) -> None:
+        """What trees add to a step beside the rows of the pass: looking guesses up, merging, flattening, walking."""
+        step, cache, device = self._step, self._step.cache, self._step.backbone.device
+        batch = self._running[count]
+        guesses = replace(batch, candidates=merge_candidates([self._chains(count)], max_nodes=step.max_nodes,
+                                                             max_depth=step.max_depth))  # fmt: skip
+        plain, cheap = Wanted(draft=False), Wanted(costly=False)
+        beside_pass = []
+        for running, nodes, wanted in ((batch, 1, plain), (guesses, min(_TREE_NODES, step.max_nodes), cheap)):
+            began = _now(device)
+            result = step.run(
+                running, [nodes] * count, max_length=self._prefix, rule=AcceptanceRule.LOSSLESS, wanted=wanted
+            )
+            beside_pass.append(_now(device) - began - result.seconds.verify)
+            cache.append(batch.slots, -to_device([len(tokens) for tokens in result.tokens], device))
+        merging = self._watch.time("merge", count, partial(self._merge, count))
+        # A GPU does not tell how long its pass took: there it is the merge alone.
+        added = beside_pass[1] - beside_pass[0] + merging if device.type == "cpu" else merging
+        self._watch.keep("tree", count, max(added, merging))
+
+    def _merge(self, count: int) -> None:
+        """Random text gives a lookup nothing to find, and what is not found is not merged."""
+        merge_candidates([self._chains(count)], max_nodes=self._step.max_nodes, max_depth=self._step.max_depth)
+
+    def _chains(self, count: int) -> CandidateTree:
+        device, size = self._step.backbone.device, max(self._step.max_nodes - 1, 1)
+        tokens = torch.randint(self._step.backbone.config.vocab_size, (count, size), generator=self._generator)
+        index = torch.arange(size, device=device).expand(count, -1)
+        tokens = tokens.to(device)
+        return CandidateTree(tokens, index - 1, -(index + 1).float(), torch.zeros_like(tokens), source="calibration")
 
     def _tree_pass(self, inputs: ForwardInputs) -> None:
         self._step.backbone.forward(inputs, self._step.cache)

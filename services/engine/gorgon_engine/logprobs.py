@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from gorgon_engine.acceptance import Acceptance
+from gorgon_engine.backbone.base import RowLogits
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,21 +19,21 @@ class TokenLogprobs:
 
 
 def gather_logprobs(
-    logits: Tensor, accepted: Acceptance, num_alternatives: int, rows: Tensor | None = None
+    logits: RowLogits, accepted: Acceptance, num_alternatives: int, rows: Tensor | None = None
 ) -> dict[str, Tensor]:
     """Tensors for the read-back: `logprob` [B, E], `top_logprobs` and `top_ids` [B, E, num_alternatives].
 
-    logits: [B, N, V]. Place d of the path gave token d, so its logits are those of path node d. rows: [R] int64, of
-    those who want them, None = all; the others' are zeros.
+    Place d of the path gave token d, so its logits are those of path node d. rows: [R] int64, of those who want them,
+    None = all; the others' are zeros.
     """
-    index = torch.arange(logits.shape[0], device=logits.device) if rows is None else rows
-    log_probs = torch.log_softmax(logits[index[:, None], accepted.path[index]].float(), dim=2)  # [R, E, V]
+    batch = accepted.path.shape[0]
+    index = torch.arange(batch, device=accepted.path.device) if rows is None else rows
+    log_probs = torch.log_softmax(logits.at(index[:, None], accepted.path[index]).float(), dim=2)  # [R, E, V]
     chosen = log_probs.gather(2, accepted.tokens[index][:, :, None])[:, :, 0]
     values, ids = log_probs.topk(num_alternatives, dim=2)
     gathered = {"logprob": chosen, "top_logprobs": values, "top_ids": ids}
     if rows is None:
         return gathered
-    batch = logits.shape[0]
     return {
         name: part.new_zeros((batch, *part.shape[1:])).index_copy_(0, rows, part) for name, part in gathered.items()
     }

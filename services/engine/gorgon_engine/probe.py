@@ -104,7 +104,7 @@ def _prefill(backbone: Backbone, token_ids: Sequence[int]) -> ForwardOutput:
         cache.append(slot, chunk.shape[0])
         start += chunk.shape[0]
         hidden.append(output.hidden)
-    return ForwardOutput(hidden=torch.cat(hidden, dim=1), logits=output.logits)
+    return ForwardOutput(hidden=torch.cat(hidden, dim=1), row_logits=output.row_logits)
 
 
 def _medusa(

@@ -13,6 +13,7 @@ class FairQueue:
     def __init__(self) -> None:
         self._clients: OrderedDict[str, deque[Sequence]] = OrderedDict()  # the next to be served first; none is empty
         self._count = 0
+        self.num_changes = 0  # as long as it stays the same, so does everybody's place
 
     def __len__(self) -> int:
         return self._count
@@ -27,6 +28,7 @@ class FairQueue:
         """Behind those of its client; a client who was not waiting comes behind the others."""
         self._clients.setdefault(sequence.request.client, deque()).append(sequence)
         self._count += 1
+        self.num_changes += 1
 
     def push_front(self, sequence: Sequence) -> None:
         """Take back one that was popped: it is the next again."""
@@ -34,6 +36,7 @@ class FairQueue:
         self._clients.setdefault(client, deque()).appendleft(sequence)
         self._clients.move_to_end(client, last=False)
         self._count += 1
+        self.num_changes += 1
 
     def pop(self) -> Sequence:
         """The next. Raises IndexError when nobody waits."""
@@ -42,6 +45,7 @@ class FairQueue:
         client, line = next(iter(self._clients.items()))
         sequence = line.popleft()
         self._count -= 1
+        self.num_changes += 1
         if line:
             self._clients.move_to_end(client)
         else:
@@ -54,6 +58,7 @@ class FairQueue:
         line = self._clients.get(client, deque())
         line.remove(sequence)
         self._count -= 1
+        self.num_changes += 1
         if not line:
             del self._clients[client]
 

@@ -157,6 +157,11 @@ class SamplingBatch:
             any_filter=any(p.filtered and not p.greedy for p in params),
         )
 
+    @property
+    def is_argmax(self) -> bool:
+        """Whether every row's token is that of its largest logit, as the backbone gave it."""
+        return self.all_greedy and not self.any_penalty and self.bias is None
+
     @classmethod
     def of_temperatures(cls, temperature: Tensor, seeds: Tensor, *, vocab_size: int) -> "SamplingBatch":
         """Rows that differ in temperature [R] float32 (0 = greedy) and seed [R] int64 alone. No value is looked at."""
@@ -290,7 +295,7 @@ def _keep(logits: Tensor, probs: Tensor, order: Tensor, batch: SamplingBatch) ->
 def sample(logits: Tensor, batch: SamplingBatch, positions: Tensor) -> Tensor:
     """One token a row from processed logits [R, V] at absolute positions [R] -> [R] int64. Ties: the lowest id."""
     if batch.all_greedy:
-        return _argmax(logits)
+        return argmax(logits)
     if logits.device.type == "cpu" and (library := available_library()) is not None:
         return _drawn_on_cpu(library, logits, batch, positions)
     if logits.device.type == "cuda":
@@ -307,14 +312,14 @@ def _drawn_on_cpu(library: NativeLibrary, logits: Tensor, batch: SamplingBatch, 
     drawn = (~batch.greedy).nonzero()[:, 0]
     if drawn.numel() == logits.shape[0]:
         return gumbel_argmax(library, logits.contiguous(), batch.seeds, positions.contiguous(), Stream.TARGET)
-    tokens = _argmax(logits)
+    tokens = argmax(logits)
     tokens[drawn] = gumbel_argmax(library, logits[drawn], batch.seeds[drawn], positions[drawn], Stream.TARGET)
     return tokens
 
 
-def _argmax(logits: Tensor) -> Tensor:
+def argmax(logits: Tensor) -> Tensor:
     """The largest of each row [R, V] -> [R] int64, the lowest id among equals."""
     if logits.device.type == "cpu":
         # numpy's is vectorised, torch's is not: ten times as fast over a vocabulary.
-        return torch.from_numpy(logits.detach().numpy().argmax(axis=1))
+        return torch.from_numpy(logits.detach().float().numpy().argmax(axis=1))
     return logits.argmax(dim=1)

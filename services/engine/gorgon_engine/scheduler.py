@@ -56,6 +56,7 @@ class Scheduler:
         self._open: dict[str, Sequence] = {}
         self._cancelled: set[str] = set()
         self._drafters_epoch = 0
+        self._told_changes = 0  # of the queue
 
     @property
     def num_running(self) -> int:
@@ -102,7 +103,8 @@ class Scheduler:
 
     def cancel(self, request_id: str) -> None:
         """End a request at the next step; unknown or finished ids are ignored."""
-        self._cancelled.add(request_id)
+        if request_id in self._open:
+            self._cancelled.add(request_id)
 
     def drafters_changed(self, costly: CostlyDrafting | None) -> None:
         """The step has other drafters, which know nothing of what is running. costly: what those of them cost that run
@@ -135,7 +137,7 @@ class Scheduler:
         self._ended_before.clear()
         if not self._cancelled:
             return events
-        gone = [self._open[request_id] for request_id in self._cancelled if request_id in self._open]
+        gone = [sequence for request_id, sequence in self._open.items() if request_id in self._cancelled]
         self._cancelled.clear()
         for sequence in gone:
             if sequence.status is Status.WAITING:
@@ -246,6 +248,9 @@ class Scheduler:
                 self._finish(sequence, emitted.ending, events)
 
     def _tell_positions(self, events: list[Event]) -> None:
+        if self._queue.num_changes == self._told_changes:
+            return
+        self._told_changes = self._queue.num_changes
         for position, sequence in enumerate(self._queue):
             if sequence.position != position:
                 sequence.position = position

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gorgon_engine.acceptance import Acceptance, AcceptanceRule, accept
-from gorgon_engine.backbone.base import Backbone, ForwardInputs, ForwardOutput, LogitsFor
+from gorgon_engine.backbone.base import Backbone, ForwardInputs, ForwardOutput, LogitsFor, RowLogits
 from gorgon_engine.batch import RunningBatch
 from gorgon_engine.drafters.base import Committed, Drafter
 from gorgon_engine.drafting import ALL_ROWS, Drafting, DraftRows, round_up, select_rows
@@ -141,7 +141,7 @@ class SpeculativeStep:
             self.observe(batch, verified, accepted, wanted.rows)
         after = self.draft(after, max_length + accepted.tokens.shape[1], wanted)
         seconds = StepSeconds(clock.lap(), verify_seconds, accept_seconds, commit_seconds)
-        return _read(after, tree, accepted, verified.logits, wanted, seconds)
+        return _read(after, tree, accepted, verified.row_logits, wanted, seconds)
 
     @torch.inference_mode()
     def prefill(
@@ -173,7 +173,7 @@ class SpeculativeStep:
         ones = torch.ones_like(batch.root_tokens)
         root = flatten(batch.root_tokens, None, ones, 1)
         first = Acceptance(path=root.depths, tokens=root.tokens, num_committed=ones)
-        logits = torch.cat([outputs[place].logits for place in ended])
+        logits = RowLogits.of(torch.cat([outputs[place].logits for place in ended]))
         drafted = self.draft(batch, max(len(chunks[place].tokens) for place in ended), wanted)
         return _read(drafted, root, first, logits, wanted, StepSeconds())
 
@@ -185,7 +185,7 @@ class SpeculativeStep:
             output = self._forward(together)
             for row, (place, chunk) in enumerate(zip(places, together, strict=True)):
                 hidden = output.hidden[row : row + 1, : chunk.stop - chunk.start]
-                outputs[place] = ForwardOutput(hidden, output.logits[row : row + 1])
+                outputs[place] = ForwardOutput(hidden, RowLogits.of(output.logits[row : row + 1]))
         return [outputs[place] for place in range(len(chunks))]
 
     def _passes(self, chunks: Sequence[PrefillChunk]) -> list[list[int]]:
@@ -277,7 +277,7 @@ class SpeculativeStep:
         """Walk each tree to the last node that the backbone agrees with."""
         return accept(
             tree,
-            verified.logits,
+            verified.row_logits,
             positions=self.cache.lengths[batch.slots],
             sampling=batch.sampling,
             counts=batch.counts,
@@ -325,7 +325,7 @@ class SpeculativeStep:
 
 
 def _read(
-    after: RunningBatch, tree: TreeBatch, accepted: Acceptance, logits: Tensor, wanted: Wanted, seconds: StepSeconds
+    after: RunningBatch, tree: TreeBatch, accepted: Acceptance, logits: RowLogits, wanted: Wanted, seconds: StepSeconds
 ) -> StepResult:
     """The step's only device-to-host transfer."""
     tensors = {
@@ -340,7 +340,7 @@ def _read(
             tensors[name] = getattr(tree, name)
         tensors["node_tokens"], tensors["path"] = tree.tokens, accepted.path
     if wanted.num_logprobs is not None:
-        chosen = None if wanted.logprob_rows is None else to_device(wanted.logprob_rows, logits.device)
+        chosen = None if wanted.logprob_rows is None else to_device(wanted.logprob_rows, logits.flat.device)
         tensors |= gather_logprobs(logits, accepted, wanted.num_logprobs, chosen)
     read = read_back(tensors)
     num_committed = [int(n) for n in read["num_committed"]]
@@ -350,7 +350,7 @@ def _read(
         batch=after,
         tokens=tokens,
         num_drafted=[int(n) - 1 for n in read["num_nodes"]],
-        path_probs=read["path_probs"].tolist() if "path_probs" in read else [[] for _ in rows],
+        path_probs=_without_padding(read["path_probs"]) if "path_probs" in read else [[] for _ in rows],
         logprobs=_of_rows(wanted.logprob_rows, rows, lambda row: token_logprobs(read, row, tokens[row]))
         if wanted.num_logprobs is not None
         else None,
@@ -361,6 +361,12 @@ def _read(
         drafted=wanted.draft,
         drafted_costly=wanted.draft and wanted.costly,
     )
+
+
+def _without_padding(path_probs: Tensor) -> list[list[float]]:
+    """path_probs: [B, M], descending, 0 behind each sequence's last candidate."""
+    counts = (path_probs > 0.0).sum(dim=1).tolist()
+    return [row[:count] for row, count in zip(path_probs.tolist(), counts, strict=True)]
 
 
 def _of_rows(chosen: tuple[int, ...] | None, rows: range, make: Callable[[int], T]) -> list[T | None]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from gorgon_engine.acceptance import AcceptanceRule, accept
+from gorgon_engine.backbone.base import RowLogits
 from gorgon_engine.drafters.base import DraftContext
 from gorgon_engine.drafters.heads import DrawnHeadsDrafter, HeadsDrafter
 from gorgon_engine.heads.medusa import MedusaHeads
@@ -208,7 +209,7 @@ class TestDrawn:
         sampling = SamplingBatch.of([params], vocab_size=vocab_size, device=torch.device("cpu")).repeat(draws)
         result = accept(
             tree,
-            target[tree.depths],
+            RowLogits.of(target[tree.depths]),
             positions=many.history_lengths - 1,
             sampling=replace(sampling, seeds=many.seeds),
             counts=None,

@@ -41,8 +41,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save(byte_level_bpe(), folder, bos="<|endoftext|>", eos="<|im_end|>")
 
 
-def publish(place: Path, folder: Path, *, reduced: bool = True, dtype: str = "float32", **values: Any) -> Path:
-    head = make_head(SHAPE)
+def publish(
+    place: Path,
+    folder: Path,
+    *,
+    reduced: bool = True,
+    dtype: str = "float32",
+    shape: EagleShape = SHAPE,
+    **values: Any,
+) -> Path:
+    head = make_head(shape)
     fields: dict[str, Any] = {
         "name": "tiny",
         "version": "1",
@@ -123,6 +131,30 @@ def test_matrices_are_packed_where_the_backbones_are(tmp_path: Path, folder: Pat
             isinstance(module, torch.nn.Linear) for module in head.modules()
         )
         assert all(parameter.dtype == torch.float32 for parameter in head.parameters())
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize(
+    ("shape", "num_drafted"),
+    [
+        # In rows of 48: 96 of fc, 32 of q, k and v, 16 of o, 6 of the MLP.
+        (EagleShape(48, 2, 1, 8, 2, num_heads=3), 150),
+        (SHAPE, SAID.numel()),
+    ],
+    ids=["small layer", "large layer"],
+)
+def test_the_projection_is_no_larger_than_the_layer(
+    tmp_path: Path, folder: Path, options: BackboneOptions, shape: EagleShape, num_drafted: int
+) -> None:
+    checkpoint = publish(tmp_path, folder, shape=shape)
+    backbone = load(folder, options)
+    (drafter,), _ = make_drafters(DrafterKind.HEADS, checkpoint, backbone=backbone, folder=folder)
+    assert isinstance(drafter, EagleDrafter)
+    drafted = drafter._network.draft_vocabulary
+    assert drafted is not None
+    assert torch.equal(drafted, SAID[:num_drafted])
+    if drafter._native is not None:
+        assert drafter._native.vocab_size == drafted.numel()
 
 
 @pytest.mark.parametrize("tree", list(HeadsTree))

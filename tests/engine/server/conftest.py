@@ -21,7 +21,7 @@ from gorgon_engine.heads.medusa import MedusaHeads
 from gorgon_engine.models.config import BackboneConfig
 from gorgon_engine.models.identity import backbone_identity
 from gorgon_engine.server.loader import load_engine
-from gorgon_engine.server.serve import bind, make_server
+from gorgon_engine.server.serve import EngineServer, bind, make_server
 from gorgon_engine.server.service import EngineService
 from gorgon_engine.server.settings import EngineSettings
 from gorgon_engine.server.worker import LoadProgress
@@ -40,6 +40,7 @@ class Running:
 
     url: str
     service: EngineService
+    server: EngineServer
     loop: asyncio.AbstractEventLoop
     client: httpx.Client
 
@@ -137,7 +138,7 @@ def _served(settings: EngineSettings, load: Load, secret: bytes | None) -> Itera
     # So little that a reader that stands still is felt after some dozen messages.
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
     port = listener.getsockname()[1]
-    started: list[EngineService] = []
+    started: list[tuple[EngineService, EngineServer]] = []
     loops: list[asyncio.AbstractEventLoop] = []
     begun, stop = threading.Event(), asyncio.Event()
 
@@ -146,7 +147,7 @@ def _served(settings: EngineSettings, load: Load, secret: bytes | None) -> Itera
         server = make_server(service, secret=secret)
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         service.start(port)
-        started.append(service)
+        started.append((service, server))
         loops.append(asyncio.get_running_loop())
         begun.set()
         await stop.wait()
@@ -165,7 +166,7 @@ def _served(settings: EngineSettings, load: Load, secret: bytes | None) -> Itera
         url = f"http://127.0.0.1:{port}"
         headers = {} if secret is None else {"Authorization": f"Bearer {secret.decode()}"}
         with httpx.Client(base_url=url, headers=headers, timeout=WAIT_SECONDS, trust_env=False) as client:
-            yield Running(url, started[0], loops[0], client)
+            yield Running(url, *started[0], loops[0], client)
     finally:
         if loops:
             loops[0].call_soon_threadsafe(stop.set)

@@ -259,6 +259,24 @@ def test_a_failed_load_says_why(serve: Any) -> None:
         assert "fetch it" in error(running.client.post("/generate", json=BODY), 503, "unavailable")
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"model": "/nonexistent/model"}, ["/nonexistent/model"]),
+        ({"heads": "/nonexistent/heads"}, ["/nonexistent/heads"]),
+        ({"heads": "none", "drafter": "heads"}, ["GORGON_ENGINE_HEADS", "heads"]),
+        ({"device": "abacus"}, ["abacus"]),
+        ({"context": 1_000_000}, ["context", "1000000"]),
+    ],
+)
+def test_what_cannot_be_loaded_is_named(settings: dict[str, Any], words: list[str], serve: Any) -> None:
+    with serve(**settings) as running:
+        running.wait_for(lambda: running.service.has_failed.is_set())
+        reason = str(running.service.failure)
+    assert "\n" not in reason
+    assert all(word in reason for word in words), reason
+
+
 def test_a_body_that_never_arrives_is_not_waited_for(serve: Any) -> None:
     with serve(body_seconds=0.2) as running:
         running.wait_until_ready()

@@ -1,13 +1,15 @@
 """The engine and a real Redis: heartbeats, announcements, and Redis going and coming back."""
 
+import asyncio
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from redis import Redis
 
+from gorgon_engine.server.directory import EngineDirectory, listen_for_heads
 from gorgon_protocol.messages import MESSAGE
 from gorgon_trainer.publish import publish
 from support.services import RedisServer, redis_server
@@ -95,3 +97,30 @@ def test_announced_heads_are_taken_up_without_waiting_for_the_next_look(
         publish(make_heads("2", seed=2), store)
         redis.publish("gorgon:heads", "whatever it says is a hint only")
         running.wait_for(lambda: running.info()["heads"]["current"] == "tiny@2")
+
+
+def beat(url: str) -> Coroutine[Any, Any, None]:
+    return EngineDirectory(url, "one", heartbeat_seconds=60, describe=dict).run()
+
+
+def listen(url: str) -> Coroutine[Any, Any, None]:
+    return listen_for_heads(url, lambda: None)
+
+
+@pytest.mark.parametrize("work", [beat, listen])
+def test_a_cancellation_is_heeded_whenever_it_comes(
+    work: Callable[[str], Coroutine[Any, Any, None]], server: RedisServer
+) -> None:
+    """The client waits with `asyncio.wait_for`, which may swallow one: the engine would not end when told to."""
+
+    async def run() -> None:
+        for num_yields in range(60):
+            task = asyncio.ensure_future(work(server.url))
+            for _ in range(num_yields):
+                await asyncio.sleep(0)
+            task.cancel()
+            done, _ = await asyncio.wait((task,), timeout=5.0)
+            assert done, f"cancelled after {num_yields} turns of the loop it went on"
+            assert task.cancelled()
+
+    asyncio.run(run())

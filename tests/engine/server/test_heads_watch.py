@@ -8,6 +8,11 @@ from typing import Any
 
 import pytest
 
+from gorgon_engine.engine import Engine
+from gorgon_engine.prepared import PreparedHeads
+from gorgon_engine.server.loader import load_engine
+from gorgon_engine.server.settings import EngineSettings
+from gorgon_engine.server.worker import LoadProgress
 from gorgon_protocol.messages import MESSAGE, FinishedMessage, HeadsInfo, Message, TokenMessage
 from gorgon_trainer.publish import publish
 
@@ -290,3 +295,87 @@ def test_chosen_heads_that_do_not_fit_end_the_start(serve: Any, make_heads: Any)
     with serve(heads=str(folder)) as running:
         running.wait_for(lambda: running.service.state == "failed")
         assert "org/Stranger" in running.service.failure
+
+
+def test_a_refusal_upon_request_is_told_until_there_is_something_else(
+    following: Any, store: Path, make_heads: Any
+) -> None:
+    place = Path(publish(make_heads("1"), store, move_latest=False))
+    damage_weights(place)
+    (place.parent / "latest").write_text("tiny@1\n")
+    following.wait_for(lambda: heads(following).refused == "tiny@1")
+    assert following.client.post("/heads/reload").status_code == 409
+    looks = _looks(following)
+    following.wait_for(lambda: looks.count >= 3)
+    info = heads(following)
+    assert info.refused == "tiny@1"
+    assert "heads.safetensors" in str(info.last_error)
+
+
+def test_heads_that_are_long_in_coming_are_taken_up_when_they_are_there(
+    serve: Any, store: Path, make_heads: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine is ready without them: a store may be far away."""
+    publish(make_heads("1"), store)
+    monkeypatch.setattr("gorgon_engine.server.service._FIRST_LOOK_SECONDS", 0.1)
+    arrived = threading.Event()
+
+    def load(settings: EngineSettings, progress: LoadProgress) -> Engine:
+        engine = load_engine(settings, progress)
+        prepare = engine.prepare_heads
+
+        def prepare_late(heads: Path | None) -> PreparedHeads:
+            assert arrived.wait(60.0)
+            return prepare(heads)
+
+        engine.prepare_heads = prepare_late  # type: ignore[method-assign]
+        return engine
+
+    with serve(load, store=str(store), heads_poll_seconds=0.05) as running:
+        try:
+            running.wait_until_ready()
+            assert heads(running).current is None
+            assert ids(generate(running))
+        finally:
+            arrived.set()
+        running.wait_for(lambda: heads(running).current == "tiny@1")
+        assert heads(running).num_swaps == 1
+
+
+def test_the_password_of_a_store_is_never_shown(serve: Any) -> None:
+    with serve(store="memory://me:hush@far-away") as running:
+        running.wait_until_ready()
+        answer = running.client.post("/heads/reload")
+        assert answer.status_code == 409
+        assert "memory://far-away: holds no heads" in answer.json()["error"]["message"]
+        assert "hush" not in answer.text + running.client.get("/heads").text
+
+
+def test_a_store_behind_a_url_is_followed(
+    serve: Any, make_heads: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GORGON_CACHE", str(tmp_path / "cache"))  # what lies elsewhere is copied there
+    url = f"memory://{tmp_path.name}"
+    publish(make_heads("1"), url)
+    with serve(store=url, heads_poll_seconds=0.05) as running:
+        running.wait_until_ready()
+        assert heads(running).current == "tiny@1"
+        publish(make_heads("2", seed=2), url)
+        running.wait_for(lambda: heads(running).current == "tiny@2")
+        assert ids(generate(running))
+
+
+def test_heads_that_came_otherwise_may_bear_the_same_name(serve: Any, store: Path, make_heads: Any) -> None:
+    """As those that come with the program and the first ones of a store: the store's are taken up."""
+    own = make_heads("1", seed=8)
+    publish(make_heads("1", seed=9), store)
+
+    def load(settings: EngineSettings, progress: LoadProgress) -> Engine:
+        return load_engine(settings.model_copy(update={"store": None, "heads": str(own)}), progress)
+
+    with serve(load, store=str(store), heads_poll_seconds=0.05) as running:
+        running.wait_until_ready()
+        assert (heads(running).current, heads(running).num_swaps) == ("tiny@1", 1)
+        looks = _looks(running)
+        running.wait_for(lambda: looks.count >= 3)
+        assert heads(running).num_swaps == 1

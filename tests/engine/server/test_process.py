@@ -33,6 +33,11 @@ def small(smollm2: Path) -> Iterator[Service]:
         yield service
 
 
+@pytest.fixture(scope="module")
+def library(smollm2: Path) -> Engine:
+    return Engine.load(EngineConfig(model=str(smollm2), context=2048, adaptive=False))
+
+
 @contextmanager
 def tiny(tiny_model: Path, **settings: object) -> Iterator[Service]:
     with engine_service(model=tiny_model, dtype="float32", threads=1, **settings) as service:
@@ -67,15 +72,14 @@ class Reader:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_the_small_model_says_what_the_library_says(small: Service, smollm2: Path, temperature: float) -> None:
+def test_the_small_model_says_what_the_library_says(small: Service, library: Engine, temperature: float) -> None:
     response = httpx.post(
         f"{small.url}/generate", json=BODY | {"temperature": temperature, "tree_debug": True}, timeout=TIMEOUT,
         trust_env=False,
     )  # fmt: skip
     messages = [MESSAGE.validate_json(line) for line in response.text.splitlines()]
-    engine = Engine.load(EngineConfig(model=str(smollm2), context=2048, adaptive=False))
-    request = engine.request(str(BODY["prompt"]), SamplingParams(max_tokens=24, temperature=temperature, seed=3))
-    expected = [token for e in engine.generate(request) if isinstance(e, TokenEvent) for token in e.token_ids]
+    request = library.request(str(BODY["prompt"]), SamplingParams(max_tokens=24, temperature=temperature, seed=3))
+    expected = [token for e in library.generate(request) if isinstance(e, TokenEvent) for token in e.token_ids]
     assert [token for m in messages if isinstance(m, TokenMessage) for token in m.token_ids] == expected
     end = messages[-1]
     assert isinstance(end, FinishedMessage)
@@ -112,25 +116,13 @@ def test_it_listens_before_it_has_loaded(tiny_model: Path) -> None:
         assert service.terminate() == 0
 
 
-def test_running_streams_finish_when_it_is_told_to_stop(tiny_model: Path) -> None:
+def test_told_to_stop_it_finishes_what_it_has_and_takes_nothing_new(tiny_model: Path) -> None:
     with tiny(tiny_model, num_slots=2, context=2000) as service:
         alone = Reader(service.url, max_tokens=1200, ignore_eos=True)
         alone.end()
         readers = [Reader(service.url, max_tokens=1200, ignore_eos=True) for _ in range(4)]
         while service.get("/info")["num_waiting"] < 2:
             assert service.process.poll() is None
-        service.process.send_signal(signal.SIGTERM)
-        for reader in readers:
-            assert isinstance(reader.end(), FinishedMessage)
-            assert reader.token_ids == alone.token_ids
-        assert service.process.wait(TIMEOUT) == 0
-        assert '"draining"' in service.log
-
-
-def test_while_it_stops_new_requests_are_sent_elsewhere(tiny_model: Path) -> None:
-    with tiny(tiny_model, num_slots=1, context=4000, drain_seconds=30) as service:
-        reader = Reader(service.url, max_tokens=3900, ignore_eos=True, speculation={"enabled": False})
-        assert reader.has_begun.wait(TIMEOUT)
         service.process.send_signal(signal.SIGTERM)
         while service.get("/ready")["state"] != "draining":
             assert service.process.poll() is None
@@ -139,7 +131,9 @@ def test_while_it_stops_new_requests_are_sent_elsewhere(tiny_model: Path) -> Non
         assert refused.status_code == 503
         assert refused.json()["error"]["code"] == "unavailable"
         assert int(refused.headers["retry-after"]) >= 1
-        assert isinstance(reader.end(), FinishedMessage)
+        for reader in readers:
+            assert isinstance(reader.end(), FinishedMessage)
+            assert reader.token_ids == alone.token_ids
         assert service.process.wait(TIMEOUT) == 0
 
 
@@ -209,22 +203,11 @@ def test_bad_settings_are_one_line(settings: dict[str, str], words: list[str]) -
     assert all(word in ended.stderr for word in words), ended.stderr
 
 
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({"model": "/nonexistent/model"}, ["/nonexistent/model"]),
-        ({"heads": "/nonexistent/heads"}, ["/nonexistent/heads"]),
-        ({"device": "abacus"}, ["abacus"]),
-        ({"context": "1000000"}, ["context", "1000000"]),
-    ],
-)
-def test_a_model_that_cannot_be_loaded_ends_it_with_one_clear_line(
-    settings: dict[str, str], words: list[str], tiny_model: Path
-) -> None:
-    ended = start(**{"port": "0", "model": str(tiny_model), "dtype": "float32", **settings})
+def test_a_model_that_cannot_be_loaded_ends_it_with_one_clear_line() -> None:
+    ended = start(port="0", model="/nonexistent/model")
     assert ended.returncode == 1
     lines = [json.loads(line) for line in ended.stderr.splitlines()]
     (failed,) = [line for line in lines if line["event"] == "failed"]
     assert failed["level"] == "error"
+    assert "/nonexistent/model" in failed["reason"]
     assert "exception" not in failed, "what a person did is no bug"
-    assert all(word in failed["reason"] for word in words), failed

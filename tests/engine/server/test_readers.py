@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import httpx
+import pytest
 
 from gorgon_engine.engine import Engine
 from gorgon_engine.events import Event
@@ -28,24 +29,34 @@ class Pace:
     def __init__(self) -> None:
         self._steps = threading.Semaphore(0)
         self._free = threading.Event()
-        self.num_steps = 0
+        self._waits = threading.Event()  # the engine is about to make a step that it may not make yet
+        self._num_allowed = 0
+        self._num_made = 0
 
     def load(self, settings: EngineSettings, progress: LoadProgress) -> Engine:
         engine = load_engine(settings, progress)
         step = engine.step
 
         def paced() -> list[Event]:
+            self._waits.set()
             while not self._free.is_set():
                 if self._steps.acquire(timeout=0.05):
                     break
-            self.num_steps += 1
+            self._waits.clear()
+            self._num_made += 1
             return step()
 
         engine.step = paced  # type: ignore[method-assign]
         return engine
 
-    def steps(self, count: int) -> None:
+    def allow(self, count: int) -> None:
+        self._num_allowed += count
         self._steps.release(count)
+
+    @property
+    def has_settled(self) -> bool:
+        """All steps that were allowed are made, and the commands that came up to then are heard."""
+        return self._num_made == self._num_allowed and self._waits.is_set()
 
     def free(self) -> None:
         self._free.set()
@@ -106,16 +117,15 @@ def ids(messages: list[Message]) -> list[int]:
 
 def test_a_reader_that_leaves_frees_its_slot_by_the_next_step(serve: Any) -> None:
     with paced(serve, num_slots=1) as (running, pace):
-        connection = post(running, ENDLESS)
-        pace.steps(5)
-        running.wait_for(lambda: running.info()["num_running"] == 1 and pace.num_steps >= 5)
-        connection.close()
-        generations = running.service._generations
-        worker = running.service._worker
-        running.wait_for(lambda: worker._commands.qsize() > 0)  # the cancellation is there before the next step
-        pace.steps(2)  # the one that has begun, and the next
+        commands = running.service._worker._commands
+        with post(running, ENDLESS):
+            pace.allow(5)
+            running.wait_for(lambda: pace.has_settled)
+            assert running.info()["num_running"] == 1
+        running.wait_for(lambda: commands.qsize() == 1)  # the cancellation is there, while a step is in flight;
+        pace.allow(2)  # before the next one it is heard
         running.wait_for(lambda: running.info()["num_running"] == 0)
-        assert generations.num_open == 0
+        assert running.service._generations.num_open == 0
         pace.free()
         answer = running.client.post("/generate", json=ENDLESS | {"max_tokens": 3})
         assert len(ids([MESSAGE.validate_json(line) for line in answer.text.splitlines()])) == 3
@@ -124,17 +134,20 @@ def test_a_reader_that_leaves_frees_its_slot_by_the_next_step(serve: Any) -> Non
 
 def test_a_reader_that_leaves_the_queue_is_forgotten(serve: Any) -> None:
     with paced(serve, num_slots=1) as (running, pace):
-        first = post(running, ENDLESS)
-        pace.steps(3)
-        running.wait_for(lambda: running.info()["num_running"] == 1)
-        second = post(running, ENDLESS)
-        running.wait_for(lambda: running.service._generations.num_open == 2)
-        second.close()
+        generations, commands = running.service._generations, running.service._worker._commands
+        with post(running, ENDLESS):
+            pace.allow(3)
+            running.wait_for(lambda: pace.has_settled)
+            with post(running, ENDLESS):
+                running.wait_for(lambda: commands.qsize() == 1)
+                pace.allow(1)
+                running.wait_for(lambda: pace.has_settled)
+            running.wait_for(lambda: commands.qsize() == 1)
+            pace.allow(2)
+            running.wait_for(lambda: pace.has_settled and generations.num_open == 1)
+            assert running.info()["num_running"] == 1
         pace.free()
-        running.wait_for(lambda: running.service._generations.num_open == 1)
-        assert running.info()["num_running"] == 1
-        first.close()
-        running.wait_for(lambda: running.service._generations.num_open == 0)
+        running.wait_for(lambda: generations.num_open == 0)
 
 
 def test_a_slow_reader_loses_nothing(serve: Any) -> None:
@@ -144,14 +157,16 @@ def test_a_slow_reader_loses_nothing(serve: Any) -> None:
         with post(running, body) as connection:
             quick, whole = read(connection)
         assert whole
-        connection = post(running, body, receive_bytes=4096)
-        generations = running.service._generations
-        running.wait_for(lambda: generations.num_open == 0)  # the model has not waited for the reader
-        slow, whole = read(connection)
-        connection.close()
+        with post(running, body, receive_bytes=4096) as connection:
+            generations = running.service._generations
+            running.wait_for(lambda: generations.num_open == 0)  # the model has not waited for the reader
+            slow, whole = read(connection)
         assert whole
         assert ids(slow) == ids(quick)
-        assert isinstance(slow[-1], FinishedMessage)
+        end = slow[-1]
+        assert isinstance(end, FinishedMessage)
+        num_steps = 1 + end.metrics.speculative_decoding.num_spec_steps
+        assert sum(isinstance(m, TokenMessage) for m in slow) < num_steps, "some were merged"
         text = ["".join(m.text for m in ms if isinstance(m, TokenMessage | FinishedMessage)) for ms in (slow, quick)]
         assert text[0] == text[1]
         logprobs = [
@@ -159,37 +174,49 @@ def test_a_slow_reader_loses_nothing(serve: Any) -> None:
             for ms in (slow, quick)
         ]
         assert logprobs[0] == logprobs[1] == ids(quick)
-        merged = running.client.get("/metrics").text.partition("\ngorgon:merged_messages_total ")[2].split()[0]
+        merged = running.client.get("/metrics").text.rpartition("gorgon:merged_messages_total ")[2].split()[0]
         assert float(merged) > 0
 
 
+def has_finished(running: Any) -> bool:
+    return 'request_success_total{finished_reason="length"} 1.0' in running.client.get("/metrics").text
+
+
+def has_stood_still(running: Any) -> bool:
+    return 'request_failure_total{code="slow_reader"} 1.0' in running.client.get("/metrics").text
+
+
 def test_a_reader_that_stands_still_is_ended_and_told(serve: Any) -> None:
-    body = ENDLESS | {"max_tokens": 480, "tree_debug": True, "logprobs": 20}
-    with serve(max_buffered_messages=4, slow_reader_seconds=3.0, num_slots=1) as running:
-        running.wait_until_ready()
-        connection = post(running, body, receive_bytes=4096)
-        running.wait_for(lambda: 'request_failure_total{code="slow_reader"} 1.0' in running.client.get("/metrics").text)
+    body = ENDLESS | {"tree_debug": True, "logprobs": 20}
+    with paced(serve, max_buffered_messages=4, slow_reader_seconds=2.0, num_slots=1) as (running, pace):
+        with post(running, body, receive_bytes=4096) as connection:
+            pace.allow(300)
+            running.wait_for(lambda: has_stood_still(running))
+            messages, whole = read(connection)  # within the second deadline
+        pace.free()
         running.wait_for(lambda: running.info()["num_running"] == 0)
-        messages, whole = read(connection)  # within the second deadline
-        connection.close()
         assert whole
+        assert len(ids(messages)) >= 299, "all that there was"
         assert isinstance(messages[-1], ErrorMessage)
         assert messages[-1].code == "slow_reader"
         assert messages[-1].request_id == "mine"
         assert not any(isinstance(m, FinishedMessage) for m in messages)
 
 
-def test_a_reader_that_never_reads_again_is_cut_off(serve: Any) -> None:
-    body = ENDLESS | {"max_tokens": 480, "tree_debug": True, "logprobs": 20}
-    with serve(max_buffered_messages=4, slow_reader_seconds=0.2, num_slots=1) as running:
-        running.wait_until_ready()
-        connection = post(running, body, receive_bytes=4096)
-        running.wait_for(lambda: 'request_failure_total{code="slow_reader"} 1.0' in running.client.get("/metrics").text)
-        time.sleep(0.6)
-        messages, whole = read(connection)
-        connection.close()
+@pytest.mark.parametrize("ends", [True, False])
+def test_a_reader_that_never_reads_again_is_cut_off(ends: bool, serve: Any) -> None:
+    """Whether the generation has ended meanwhile or not."""
+    body = ENDLESS | {"tree_debug": True, "logprobs": 20, "max_tokens": 250 if ends else 4000}
+    limit = 2.0 if ends else 0.2  # it ends before it is too slow, or is too slow first
+    with paced(serve, max_buffered_messages=4, slow_reader_seconds=limit, num_slots=1) as (running, pace):
+        with post(running, body, receive_bytes=4096) as connection:
+            pace.allow(300)
+            running.wait_for(lambda: has_finished(running) if ends else has_stood_still(running))
+            server = running.server
+            running.wait_for(lambda: len(server.server_state.tasks) == 0)  # of the response; ours is done at once
+            messages, whole = read(connection)
         assert not whole, "the connection was dropped in the middle"
-        assert not any(isinstance(m, FinishedMessage) for m in messages)
+        assert not any(isinstance(m, FinishedMessage | ErrorMessage) for m in messages)
 
 
 def test_a_crowd_is_served_up_to_the_queue_and_the_rest_is_sent_away(serve: Any) -> None:
@@ -205,13 +232,10 @@ def test_a_crowd_is_served_up_to_the_queue_and_the_rest_is_sent_away(serve: Any)
             )
 
         with ThreadPoolExecutor(20) as pool:
-            first = post(running, ENDLESS)
-            second = post(running, ENDLESS)
-            running.wait_for(lambda: running.info()["num_running"] == 2)  # both slots are taken for long
-            answers = [pool.submit(ask, number) for number in range(20)]
-            running.wait_for(lambda: sum(answer.done() for answer in answers) == 15)
-            for connection in (first, second):
-                connection.close()
+            with post(running, ENDLESS), post(running, ENDLESS):
+                running.wait_for(lambda: running.info()["num_running"] == 2)  # both slots are taken for long
+                answers = [pool.submit(ask, number) for number in range(20)]
+                running.wait_for(lambda: sum(answer.done() for answer in answers) == 15)
             responses = [answer.result() for answer in answers]
         refused = [r for r in responses if r.status_code == 429]
         served = [r for r in responses if r.status_code == 200]
@@ -227,16 +251,34 @@ def test_a_crowd_is_served_up_to_the_queue_and_the_rest_is_sent_away(serve: Any)
 
 def test_waiting_has_a_deadline(serve: Any) -> None:
     with paced(serve, num_slots=1) as (running, pace):
-        first = post(running, ENDLESS)
-        pace.steps(3)
-        running.wait_for(lambda: running.info()["num_running"] == 1)
-        second = post(running, ENDLESS | {"timeout_seconds": 0.01})
-        running.wait_for(lambda: running.service._generations.num_open == 2)
-        time.sleep(0.02)
-        pace.steps(3)
-        messages, whole = read(second)
+        commands = running.service._worker._commands
+        with post(running, ENDLESS):
+            pace.allow(3)
+            running.wait_for(lambda: pace.has_settled)
+            with post(running, ENDLESS | {"timeout_seconds": 0.01}) as connection:
+                running.wait_for(lambda: commands.qsize() == 1)
+                pace.allow(1)
+                running.wait_for(lambda: pace.has_settled)  # now it waits
+                time.sleep(0.02)
+                pace.allow(1)
+                messages, whole = read(connection)
         assert whole
         assert isinstance(messages[-1], ErrorMessage)
         assert messages[-1].code == "timeout"
-        first.close()
-        second.close()
+
+
+def test_a_reader_that_stands_still_behind_its_last_lines_is_cut_off(serve: Any) -> None:
+    """All lines leave in one write, which waits for no room; the end of the response does."""
+    body = ENDLESS | {"logprobs": 20, "max_tokens": 300}
+    with paced(serve, slow_reader_seconds=0.2, num_slots=1) as (running, pace):
+        with post(running, body, receive_bytes=4096) as connection:
+            engine = running.service.engine
+            running.wait_for(lambda: running.service._generations.num_open == 1 and engine.has_work)
+            goes_on = threading.Event()
+            running.loop.call_soon_threadsafe(goes_on.wait, 60.0)  # no line is written meanwhile
+            pace.free()
+            running.wait_for(lambda: not engine.has_work)
+            goes_on.set()
+            running.wait_for(lambda: len(running.server.server_state.tasks) == 0)
+            _, whole = read(connection)
+        assert not whole, "the connection was dropped in the middle"

@@ -61,6 +61,8 @@ def test_values_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> No
         ({"STORE_BACKBONE": "a"}, ["GORGON_ENGINE_STORE_BACKBONE", "set GORGON_ENGINE_STORE"]),
         ({"STORE": "/b", "DRAFTER": "ngram"}, ["GORGON_ENGINE_DRAFTER", "GORGON_ENGINE_STORE"]),
         ({"REDIS_URL": "http://redis"}, ["GORGON_ENGINE_REDIS_URL", "redis://"]),
+        ({"REDIS_URL": "redis://redis:port"}, ["GORGON_ENGINE_REDIS_URL", "'port'"]),
+        ({"REDIS_URL": "unix://"}, ["GORGON_ENGINE_REDIS_URL", "redis://"]),
         ({"ADVERTISE_URL": "engine:8101"}, ["GORGON_ENGINE_ADVERTISE_URL", "http://"]),
         ({"REDIS_URL": "redis://redis", "HOST": "0.0.0.0"}, ["GORGON_ENGINE_ADVERTISE_URL", "0.0.0.0"]),
         ({"ENGINE_ID": "a b"}, ["GORGON_ENGINE_ENGINE_ID"]),

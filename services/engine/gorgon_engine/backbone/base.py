@@ -63,9 +63,50 @@ class ForwardInputs:
 
 
 @dataclass(frozen=True, slots=True)
+class RowLogits:
+    """The logits of some rows of each sequence, without padding between them: a vocabulary is too long to copy."""
+
+    flat: Tensor  # [M, V]: sequence by sequence
+    starts: Tensor  # [B] int64: place of each sequence's first row
+    width: int  # N, the most rows of a sequence
+
+    @classmethod
+    def of(cls, logits: Tensor) -> "RowLogits":
+        """Of as many rows for every sequence: [B, N, V]."""
+        batch, width, vocab_size = logits.shape
+        starts = torch.arange(batch, device=logits.device) * width
+        return cls(logits.reshape(batch * width, vocab_size), starts, width)
+
+    def places(self, sequences: Tensor, rows: Tensor) -> Tensor:
+        """Where the given rows of the given sequences lie in `flat`; somewhere in it for rows that are padding."""
+        return (self.starts[sequences] + rows).clamp(max=max(self.flat.shape[0] - 1, 0))
+
+    def at(self, sequences: Tensor, rows: Tensor) -> Tensor:
+        """A copy [..., V] of the given rows [...] of the given sequences [...]."""
+        return self.flat[self.places(sequences, rows)]
+
+    def first(self) -> Tensor:
+        """Each sequence's first row [B, V]; no copy where it is the only one."""
+        return self.flat if self.width == 1 else self.flat[self.starts]
+
+    def padded(self) -> Tensor:
+        """[B, N, V]; undefined in rows that are padding."""
+        batch = self.starts.shape[0]
+        if self.flat.shape[0] == batch * self.width:
+            return self.flat.view(batch, self.width, self.flat.shape[1])
+        rows = torch.arange(self.width, device=self.starts.device).expand(batch, -1)
+        return self.flat[self.places(torch.arange(batch, device=self.starts.device)[:, None], rows)]
+
+
+@dataclass(frozen=True, slots=True)
 class ForwardOutput:
     hidden: Tensor  # [B, N, C] after the final norm: what the draft heads read
-    logits: Tensor  # [B, N or 1 or 0, V]: the rows that `logits_for` asked for
+    row_logits: RowLogits  # of the rows that `logits_for` asked for
+
+    @property
+    def logits(self) -> Tensor:
+        """[B, N or 1 or 0, V], undefined in rows that are padding."""
+        return self.row_logits.padded()
 
 
 class Backbone(Protocol):

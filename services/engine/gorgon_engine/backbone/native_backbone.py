@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from gorgon_engine.backbone.base import ForwardInputs, ForwardOutput, LogitsFor
+from gorgon_engine.backbone.base import ForwardInputs, ForwardOutput, LogitsFor, RowLogits
 from gorgon_engine.kernels.cpu import Kind, NativeLayer, NativeModel, PackedLinear
 from gorgon_engine.kv_cache import KVCache
 from gorgon_engine.models.config import BackboneConfig
@@ -103,10 +103,13 @@ class NativeBackbone:
             out[real] = rows
             return out
 
-        per_row = logits_for is LogitsFor.ALL
-        return ForwardOutput(
-            hidden=padded(hidden), logits=padded(logits) if per_row else logits.view(batch, -1, logits.shape[1])
-        )
+        ends = inputs.num_rows.cumsum(0)
+        starts, width = {
+            LogitsFor.ALL: (ends - inputs.num_rows, num_rows),
+            LogitsFor.LAST: (torch.arange(batch), 1),
+            LogitsFor.NONE: (torch.zeros_like(ends), 0),
+        }[logits_for]
+        return ForwardOutput(hidden=padded(hidden), row_logits=RowLogits(logits, starts, width))
 
 
 def _native_layer(layer: LayerWeights) -> NativeLayer:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from gorgon_engine.backbone.base import ForwardInputs, ForwardOutput, LogitsFor
+from gorgon_engine.backbone.base import ForwardInputs, ForwardOutput, LogitsFor, RowLogits
 from gorgon_engine.kernels.tree_attention import attention_mask, tree_attention
 from gorgon_engine.kv_cache import KVCache
 from gorgon_engine.models.config import BackboneConfig
@@ -70,7 +70,8 @@ class TorchBackbone:
             x = x + layer.o(attended)
             x = x + _mlp(layer, rms_norm(x, layer.post_norm, self.config.rms_norm_eps))
         hidden = rms_norm(x, weights.final_norm, self.config.rms_norm_eps)
-        return ForwardOutput(hidden=hidden, logits=weights.lm_head(_select(hidden, inputs, logits_for)))
+        logits = weights.lm_head(_select(hidden, inputs, logits_for))
+        return ForwardOutput(hidden=hidden, row_logits=RowLogits.of(logits))
 
     def _attention(
         self,

@@ -65,6 +65,9 @@ class Generations:
         except GorgonError:
             self._close(generation)
             raise
+        except BaseException:  # given up while the engine may have it already
+            self.cut(generation, GorgonError("the request was given up"))
+            raise
         return generation
 
     def stepped(self, report: "StepReport") -> None:

@@ -103,12 +103,12 @@ class StoreHeads:
         return Sight(version, (version, status.st_ino, status.st_mtime_ns))
 
     def folder(self, version: str | None) -> Path:
-        from gorgon_engine.heads.store import version_folder
+        from gorgon_engine.heads.store import open_location, version_folder
 
         backbone = self._backbone()
         wanted = version or self.look().version
         if backbone is None or wanted is None:
-            raise HeadsError(f"{self._store}: holds no heads for this backbone yet: publish some")
+            raise HeadsError(f"{open_location(self._store).shown}: holds no heads for this backbone yet: publish some")
         return version_folder(backbone, wanted)
 
     def _backbone(self) -> "Location | None":
@@ -172,6 +172,7 @@ class HeadsKeeper:
         self._lock = asyncio.Lock()  # one change at a time
         self._wake = asyncio.Event()
         self._seen: Hashable = None
+        self._taken: str | None = None  # of the source; heads that came otherwise may bear the same name
         self._info = HeadsInfo(current=None)
         self._describe(swapped=False)
 
@@ -210,14 +211,13 @@ class HeadsKeeper:
             if sight.version is None or sight.stamp == self._seen:
                 return
             self._seen = sight.stamp
-            if sight.version == self.current:
+            if sight.version == self._taken:
                 self._info = self._info.model_copy(update={"last_error": None, "refused": None})
                 return
-            version = sight.version
             try:
-                await self._take_up(lambda: self._source.folder(version))
+                await self._take_up(sight.version)
             except Exception as error:
-                self._refuse(version, error)
+                self._refuse(sight.version, error)
 
     async def reload(self, version: str | None) -> HeadsInfo:
         """Take up a version, or what the source names now, also where it was refused before.
@@ -226,7 +226,10 @@ class HeadsKeeper:
         """
         async with self._lock:
             try:
-                await self._take_up(lambda: self._source.folder(version))
+                if version is None:
+                    named: Sight = await self._run_blocking(self._source.look)
+                    version = named.version
+                await self._take_up(version)
             except BadRequestError:
                 raise
             except Exception as error:
@@ -234,11 +237,12 @@ class HeadsKeeper:
                 raise error if isinstance(error, GorgonError) else HeadsError(_one_line(error)) from error
             return self._info
 
-    async def _take_up(self, find: Callable[[], Path]) -> None:
-        engine = self._engine
-        prepared = await self._run_blocking(lambda: engine.prepare_heads(find()))
+    async def _take_up(self, version: str | None) -> None:
+        engine, source = self._engine, self._source
+        prepared = await self._run_blocking(lambda: engine.prepare_heads(source.folder(version)))
         await self._worker.call(lambda driven: driven.use_heads(prepared))
         self._describe(swapped=True)
+        self._taken = version
         self._metrics.swap(taken=True)
         logger().info("heads_taken_up", heads=self.current, family=self._info.family, notices=list(prepared.notices))
 

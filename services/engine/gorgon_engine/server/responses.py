@@ -31,10 +31,10 @@ class MessagesResponse(Response):
         watcher.add_done_callback(lambda _: service.reader_left(generation))
         try:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            if await self._send_lines(send):
-                await send({"type": "http.response.body", "body": b"", "more_body": False})
-            else:
+            if not (await self._send_lines(send) and await self._send_end(send)):
+                logger().warning("reader_cut_off", request_id=generation.request_id, client=generation.client or None)
                 abort_connection(scope)
+                await watcher
         finally:
             watcher.cancel()
 
@@ -55,7 +55,8 @@ class MessagesResponse(Response):
         return True
 
     async def _send_rest(self, unsent: bytes, send: Send, limit: float) -> bool:
-        """The reader stood still for too long: it gets what there is and the error, if it ever reads again.
+        """The reader stood still for too long: it gets what there is and the end, if it ever reads again. The end is
+        an error unless the generation was over already.
 
         unsent: lines of which nothing was written; uvicorn waits for room before it writes, never behind it.
         """
@@ -68,6 +69,15 @@ class MessagesResponse(Response):
         try:
             async with asyncio.timeout(limit):
                 await send({"type": "http.response.body", "body": unsent, "more_body": True})
+        except TimeoutError:
+            return False
+        return True
+
+    async def _send_end(self, send: Send) -> bool:
+        """As `_send_lines`: behind a long last message the reader may stand still as well."""
+        try:
+            async with asyncio.timeout(self._service.settings.slow_reader_seconds):
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
         except TimeoutError:
             return False
         return True

@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 State = Literal["loading", "ready", "draining", "failed"]
 
-_FIRST_LOOK_SECONDS = 30.0  # at a store; then the engine is ready without it
+_FIRST_LOOK_SECONDS = 30.0  # at a store; then the engine is ready before it ends
 _RETRY_LOADING_SECONDS = 2.0
 
 
@@ -204,7 +204,8 @@ class EngineService:
 
     def loaded(self, engine: "Engine") -> None:
         self._engine = engine
-        self._spawn(self._become_ready(engine))
+        if self.state == "loading":  # else told to stop meanwhile
+            self._spawn(self._become_ready(engine))
 
     def load_failed(self, error: Exception) -> None:
         if isinstance(error, GorgonError):
@@ -257,11 +258,10 @@ class EngineService:
 
     async def _look_for_heads(self, keeper: HeadsKeeper) -> None:
         self.loading("looking for heads", 0.9)
-        try:
-            async with asyncio.timeout(_FIRST_LOOK_SECONDS):
-                await keeper.check()
-        except TimeoutError:
-            logger().warning("store_silent", store=self.settings.store, waited_seconds=_FIRST_LOOK_SECONDS)
+        look = self._spawn(keeper.check())
+        await asyncio.wait((look,), timeout=_FIRST_LOOK_SECONDS)
+        if not look.done():  # it goes on, and what it finds is taken up while requests run
+            logger().warning("store_slow", waited_seconds=_FIRST_LOOK_SECONDS)
 
     def _heads_source(self, identity: str) -> HeadsSource:
         settings = self.settings
@@ -337,10 +337,11 @@ class EngineService:
     async def _beside(self, function: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._files, function)
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._task_ended)
+        return task
 
     def _task_ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)

@@ -120,7 +120,8 @@ class EngineSettings(BaseSettings):
         schemes = ("http", "https") if info.field_name == "advertise_url" else ("redis", "rediss", "unix")
         if value is not None:
             parts = urlsplit(value)
-            if parts.scheme not in schemes or not (parts.hostname or (parts.scheme == "unix" and parts.path)):
+            is_complete = parts.path if parts.scheme == "unix" else parts.hostname and parts.port != 0
+            if parts.scheme not in schemes or not is_complete:
                 raise ValueError(f"must be a URL like {schemes[0]}://host:port")
         return value
 

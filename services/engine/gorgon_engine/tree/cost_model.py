@@ -71,12 +71,18 @@ class CostModel:
         return self.draft_seconds + (num_sequences - 1) * self.draft_seconds_each
 
     def choose_nodes(
-        self, path_probs: Sequence[Sequence[float]], *, max_nodes: int, spent_seconds: float = 0.0
+        self,
+        path_probs: Sequence[Sequence[float]],
+        *,
+        max_nodes: int,
+        spent_seconds: float = 0.0,
+        least_gain: float = 1.0,
     ) -> list[int]:
         """Nodes for each sequence (root included), from its candidates' probabilities in descending order.
 
         Sequences share the pass, so the next row goes wherever it is likeliest to be accepted. spent_seconds: what the
-        step costs beside the pass whatever is chosen, such as drafters that run in any case.
+        step costs beside the pass whatever is chosen, such as drafters that run in any case. least_gain: how many
+        times the rate of plain decoding trees must promise.
         """
         batch = len(path_probs)
         ranked = sorted(
@@ -85,7 +91,7 @@ class CostModel:
         )
         pricing = self._pricing(batch)
         tokens, tree_seconds = float(batch), self.tree_seconds(batch) + spent_seconds
-        best_rate, best_count = tokens / (pricing.at(batch) + spent_seconds), 0
+        best_rate, best_count = least_gain * tokens / (pricing.at(batch) + spent_seconds), 0
         for count, (probability, _) in enumerate(ranked, start=1):
             tokens += probability
             rate = tokens / (pricing.at(batch + count) + tree_seconds)

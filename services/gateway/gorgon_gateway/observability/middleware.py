@@ -7,7 +7,7 @@ import re
 import secrets
 import time
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -147,6 +147,14 @@ def _headers(scope: Scope, *names: bytes) -> list[str]:
 
 def _route(scope: Scope) -> str:
     """The path's template: a path itself would make a metric without bounds."""
-    route: Any = scope.get("route")
-    path = getattr(route, "path", None)
+    path = getattr(scope.get("route") or _serving(scope), "path", None)
     return path if isinstance(path, str) else "other"
+
+
+def _serving(scope: Scope) -> object:
+    """The route of a WebSocket or of a mounted application: FastAPI tells of those only what serves them."""
+    endpoint = scope.get("endpoint")
+    if endpoint is None:
+        return None
+    routes = scope["app"].routes
+    return next((r for r in routes if endpoint in (getattr(r, "endpoint", None), getattr(r, "app", None))), None)
