@@ -194,7 +194,6 @@ def test_a_slow_reader_loses_no_token_and_holds_up_no_engine() -> None:
         whole = asyncio.run(generate(gateway.url, LARGE))
     assert slow.end["usage"]["completion_tokens"] == len(slow.token_ids) == 8000
     assert (slow.token_ids, slow.text) == (whole.token_ids, whole.text)
-    assert len(slow.messages) < len(whole.messages)
     merged = max(slow.of("token"), key=lambda message: len(message["token_ids"]))
     assert len(merged["token_ids"]) == len(merged["pieces"]) > 100
     assert len(merged["logprobs"]) == len(merged["token_ids"])
