@@ -13,7 +13,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from gorgon_gateway.callers import new_key
 from gorgon_protocol.messages import MESSAGE
-from support.clients import Generation, generate, open_socket, receive
+from support.clients import Generation, generate, open_slow_socket, open_socket, receive
 from support.fake_engine import FakeEngine, Faults
 from support.gateways import RunningGateway, running_gateway
 
@@ -183,7 +183,7 @@ def test_a_client_that_vanishes_frees_the_engine(gateway: RunningGateway, engine
 
 def test_a_slow_reader_loses_no_token_and_holds_up_no_engine() -> None:
     async def stand_still(gateway: RunningGateway, engine: FakeEngine) -> Generation:
-        async with open_socket(gateway.url, max_queue=1) as socket:
+        async with open_slow_socket(gateway.url) as socket:
             await socket.send(json.dumps(LARGE))
             begun = await receive(socket, until=lambda generation: bool(generation.token_ids))
             await asyncio.to_thread(wait_until_idle, engine)
@@ -203,7 +203,7 @@ def test_a_slow_reader_loses_no_token_and_holds_up_no_engine() -> None:
 
 def test_who_reads_nothing_for_too_long_is_told_and_let_go() -> None:
     async def stand_still(gateway: RunningGateway, engine: FakeEngine) -> Generation:
-        async with open_socket(gateway.url, max_queue=1) as socket:
+        async with open_slow_socket(gateway.url) as socket:
             await socket.send(json.dumps(LARGE))
             begun = await receive(socket, until=lambda generation: bool(generation.token_ids))
             await asyncio.to_thread(wait_until_idle, engine)
@@ -328,7 +328,7 @@ def test_loading_is_told_while_it_lasts() -> None:
 
 def test_a_client_that_asks_on_without_reading_is_let_go(engine: FakeEngine) -> None:
     async def shout(gateway: RunningGateway) -> int | None:
-        async with open_socket(gateway.url, max_queue=1, write_limit=1 << 20, close_timeout=0.5) as socket:
+        async with open_slow_socket(gateway.url, write_limit=1 << 20, close_timeout=0.5) as socket:
             try:
                 async with asyncio.timeout(SETTLE_SECONDS):
                     while True:

@@ -12,7 +12,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from support.clients import Generation, generate, open_socket, receive
+from support.clients import Generation, generate, open_slow_socket, open_socket, receive
 from support.services import Service, engine_service, gateway_service
 
 ENDLESS: dict[str, Any] = {"prompt": "the cat", "max_tokens": 8000, "ignore_eos": True}
@@ -96,7 +96,7 @@ def test_a_slow_reader_gets_all_of_it_and_holds_up_nobody(engine: Service, gatew
     payload = ENDLESS | {"max_tokens": 1500, "tree_debug": True}
 
     async def both() -> tuple[Generation, Generation]:
-        async with open_socket(gateway.url, max_queue=1) as websocket:
+        async with open_slow_socket(gateway.url) as websocket:
             await websocket.send(json.dumps(payload))
             slow = await receive(websocket, until=lambda generation: bool(generation.token_ids))
             quick = await generate(gateway.url, payload)  # from its first token to its last meanwhile
@@ -114,7 +114,7 @@ def test_a_reader_that_stands_still_is_let_go(engine: Service, tiny: Path) -> No
     ) as gateway:
 
         async def stand_still() -> Generation:
-            async with open_socket(gateway.url, max_queue=1, close_timeout=1.0) as websocket:
+            async with open_slow_socket(gateway.url, close_timeout=1.0) as websocket:
                 await websocket.send(json.dumps(ENDLESS | {"tree_debug": True, "logprobs": 20}))  # big messages
                 generation = await receive(websocket, until=lambda generation: bool(generation.token_ids))
                 await asyncio.to_thread(wait_until_idle, engine)

@@ -2,10 +2,12 @@
 
 import asyncio
 import json
+import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import urlsplit
 
 from websockets.asyncio.client import ClientConnection, connect
 
@@ -48,6 +50,18 @@ async def open_socket(url: str, **arguments: Any) -> AsyncIterator[ClientConnect
     arguments = {"compression": None, "proxy": None, "open_timeout": RECEIVE_SECONDS, **arguments}
     async with connect(url.replace("http", "ws", 1) + "/generate_stream", **arguments) as socket:
         yield socket
+
+
+@asynccontextmanager
+async def open_slow_socket(url: str, **arguments: Any) -> AsyncIterator[ClientConnection]:
+    """A client whose system keeps next to nothing for it: what it does not read stays with the gateway."""
+    parts = urlsplit(url)
+    with socket.socket() as raw:
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 14)  # before connecting: it bounds the window
+        raw.connect((parts.hostname, parts.port))
+        raw.setblocking(False)
+        async with open_socket(url, sock=raw, max_queue=1, **arguments) as client:
+            yield client
 
 
 async def receive(
