@@ -1,0 +1,51 @@
+"""Print the JSON schema of everything that the page sends and receives: the models themselves, so nothing can drift."""
+
+import json
+from typing import Any
+
+from pydantic.json_schema import models_json_schema
+
+from gorgon_protocol import messages, requests
+
+_SENT = (requests.GenerateRequest, requests.CancelRequest)
+_RECEIVED = (
+    messages.StatusMessage,
+    messages.TokenMessage,
+    messages.FinishedMessage,
+    messages.ErrorMessage,
+    messages.EngineInfo,
+)
+
+
+def _untitled(schema: Any) -> Any:
+    """Fields' titles repeat their names, and would each become a type of its own."""
+    if isinstance(schema, list):
+        return [_untitled(entry) for entry in schema]
+    if not isinstance(schema, dict):
+        return schema
+    is_field = "title" in schema and isinstance(schema["title"], str)
+    return {name: _untitled(value) for name, value in schema.items() if not (is_field and name == "title")}
+
+
+def main() -> None:
+    _, definitions = models_json_schema([(model, "validation") for model in _SENT], ref_template="#/$defs/{model}")
+    _, received = models_json_schema([(model, "serialization") for model in _RECEIVED], ref_template="#/$defs/{model}")
+    for model in received["$defs"].values():
+        model["required"] = list(model["properties"])  # what is sent is sent whole, defaults included
+    models = {**definitions["$defs"], **received["$defs"]}
+    schema = {
+        "type": "object",
+        "required": ["sent", "received", "info"],
+        "additionalProperties": False,
+        "properties": {
+            "sent": {"anyOf": [{"$ref": f"#/$defs/{model.__name__}"} for model in _SENT]},
+            "received": {"anyOf": [{"$ref": f"#/$defs/{model.__name__}"} for model in _RECEIVED[:-1]]},
+            "info": {"$ref": "#/$defs/EngineInfo"},
+        },
+        "$defs": _untitled(models),
+    }
+    print(json.dumps(schema))
+
+
+if __name__ == "__main__":
+    main()
