@@ -39,6 +39,7 @@ class EagleShape:
     intermediate_size: int
     rope_theta: float = 10000.0
     num_heads: int = 4  # depths that it drafts, in the words of the other families
+    norm_eps: float = NORM_EPS
 
     @property
     def head_counts(self) -> tuple[int, int, int]:
@@ -211,7 +212,7 @@ class EagleHead(nn.Module):
         return self._normed(x + self.down(silu(gate) * up), self.norm)
 
     def _normed(self, x: Tensor, gain: Tensor) -> Tensor:
-        return rms_norm(x, (self.hidden_size,), gain.to(x.dtype), eps=NORM_EPS)
+        return rms_norm(x, (self.hidden_size,), gain.to(x.dtype), eps=self.shape.norm_eps)
 
 
 def _rotated(x: Tensor, angles: Angles) -> Tensor:

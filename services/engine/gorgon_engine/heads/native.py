@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from gorgon_engine.backbone.base import Backbone
 from gorgon_engine.backbone.native_backbone import NativeBackbone
-from gorgon_engine.heads import eagle
 from gorgon_engine.heads.eagle import EagleHead
 from gorgon_engine.heads.hydra import NORM_EPS, HydraHead, HydraHeads, Projection
 from gorgon_engine.kernels.cpu import Kind, NativeLibrary, PackedLinear, load_library
@@ -168,7 +167,7 @@ class PackedEagleHead(EagleHead):
             num_kv_heads=shape.num_kv_heads,
             head_dim=shape.head_dim,
             max_depth=shape.num_heads,
-            norm_eps=eagle.NORM_EPS,
+            norm_eps=shape.norm_eps,
             embeddings=embeddings,
             vocabulary=draft_vocabulary,
         )
