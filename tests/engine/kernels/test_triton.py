@@ -1,36 +1,13 @@
-"""The Triton kernels against their references: on a GPU where there is one, else in Triton's interpreter.
-
-The interpreter has to be chosen before Triton is imported, so each check runs in a process of its own.
-"""
-
-import os
-import subprocess
-import sys
+"""The Triton kernels against their references."""
 
 import pytest
-import torch
 
-# Triton 3.6 turns one-element arrays into integers in a way that numpy 2.4 refuses.
-PRELUDE = """
-import os
-import torch
-if os.environ.get("TRITON_INTERPRET"):
-    import triton.runtime.interpreter as interpreter
-
-    patch = interpreter._patch_lang_tensor
-
-    def patch_and_mend(tensor, scope):
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    interpreter._patch_lang_tensor = patch_and_mend
-"""
+from support.triton_checks import run_check
 
 ATTENTION = """
 from gorgon_engine.kernels.triton.attention import attention, reference
 from gorgon_engine.tree.tree import ancestor_words
 
-device = "cuda" if torch.cuda.is_available() else "cpu"
 torch.manual_seed({seed})
 batch, rows, heads, kv_heads, dim, positions = {shape}
 dtype = torch.{dtype}
@@ -56,7 +33,6 @@ GUMBEL = """
 from gorgon_engine.kernels.triton.gumbel_argmax import gumbel_argmax, reference
 from gorgon_engine.random import Stream
 
-device = "cuda" if torch.cuda.is_available() else "cpu"
 torch.manual_seed({seed})
 rows, vocab = {shape}
 logits = torch.randn(rows, vocab, device=device) * 3
@@ -77,13 +53,6 @@ assert not torch.equal(gumbel_argmax(logits, temperatures, seeds + 1, positions,
 """
 
 
-def run(script: str) -> None:
-    interpreted = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
-    environment = os.environ | interpreted
-    result = subprocess.run([sys.executable, "-c", PRELUDE + script], env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-2000:]
-
-
 @pytest.mark.parametrize(
     ("tree", "shape"),
     [
@@ -97,9 +66,9 @@ def run(script: str) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_attention(tree: bool, shape: tuple[int, ...], dtype: str) -> None:
     # A GPU multiplies float32 in tf32.
-    run(ATTENTION.format(seed=1, shape=shape, tree=tree, dtype=dtype, tolerance=2e-3))
+    run_check(ATTENTION.format(seed=1, shape=shape, tree=tree, dtype=dtype, tolerance=2e-3))
 
 
 @pytest.mark.parametrize("shape", [(7, 67), (12, 3000)])
 def test_gumbel_argmax(shape: tuple[int, int]) -> None:
-    run(GUMBEL.format(seed=2, shape=shape))
+    run_check(GUMBEL.format(seed=2, shape=shape))

@@ -1,0 +1,47 @@
+"""The gate of the MLP (SwiGLU, 2002.05202), on the partial sums of the product in front.
+
+    y[r, i] = silu(gate[r, i]) * up[r, i],   [gate, up][r] = sum_s partials[s, r]      in float32, s ascending
+
+Letters: R rows, S partial sums, I intermediate size.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn.functional import silu
+
+_BLOCK = 1024
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _silu_mul_kernel(  # type: ignore[no-untyped-def]
+    partials_ptr, out_ptr, num_rows, size, NUM_PARTIALS: tl.constexpr, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < size
+    gate = tl.zeros([BLOCK], tl.float32)
+    up = tl.zeros([BLOCK], tl.float32)
+    for part in tl.static_range(NUM_PARTIALS):
+        at = (part * num_rows + row) * 2 * size + place
+        gate += tl.load(partials_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        up += tl.load(partials_ptr + at + size, mask=inside, other=0.0).to(tl.float32)
+    y = gate / (1.0 + tl.exp(-gate)) * up
+    tl.store(out_ptr + row * size + place, y.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def silu_mul(partials: Tensor, out: Tensor) -> None:
+    """partials: [S, R, 2 I] floating, gate before up; out: [R, I] of any floating dtype, overwritten. Contiguous."""
+    num_partials, num_rows, width = partials.shape
+    size = width // 2
+    assert out.shape == (num_rows, size), (out.shape, partials.shape)
+    assert partials.is_contiguous(), partials.stride()
+    assert out.is_contiguous(), out.stride()
+    grid = (num_rows, triton.cdiv(size, _BLOCK))
+    _silu_mul_kernel[grid](partials, out, num_rows, size, NUM_PARTIALS=num_partials, BLOCK=_BLOCK, num_warps=4)
+
+
+def reference(partials: Tensor) -> Tensor:
+    """y [R, I] in float64."""
+    gate, up = partials.double().sum(dim=0).chunk(2, dim=1)
+    return silu(gate) * up
