@@ -162,8 +162,10 @@ def distill(
 
 
 @train.command()
-@click.option("--shards", "shard_folder", type=_FOLDER, required=True, metavar="DIR",
-              help="What `gorgon train distill` made.")  # fmt: skip
+@click.option("--shards", "shard_folders", type=_FOLDER, required=True, multiple=True, metavar="DIR",
+              help="What `gorgon train distill` made; several times: several folders, mixed.")  # fmt: skip
+@click.option("--shares", metavar="N,N,...",
+              help="Mix the --shards so, in their order: 3,1. Default: by their size.")  # fmt: skip
 @click.option("--out", type=_FOLDER, required=True, metavar="DIR", help="State, history and TensorBoard logs.")
 @click.option("--name", default="heads", show_default=True, help="Of the checkpoint.")
 @click.option("--version", "version_name", default="1", show_default=True, help="Of the checkpoint.")
@@ -202,7 +204,8 @@ def distill(
 @click.option("--seed", type=int, default=0, show_default=True)
 @backbone_options
 def heads(
-    shard_folder: Path,
+    shard_folders: tuple[Path, ...],
+    shares: str | None,
     out: Path,
     name: str,
     version_name: str,
@@ -237,13 +240,14 @@ def heads(
         num_blocks=num_blocks or (1 if eagle else 4),
         loss=Loss(loss or ("kl" if eagle else "cross-entropy")),
         features=Features(features),
+        shares=None if shares is None else _numbers(shares),
         **settings,
     )
-    assert set(settings) | {"family", "num_blocks", "loss", "features", "min_learning_rate_share"} == {
+    assert set(settings) | {"family", "num_blocks", "loss", "features", "shares", "min_learning_rate_share"} == {
         field.name for field in fields(TrainConfig)
     }
     outcome = train_with(
-        shard_folder,
+        shard_folders,
         out,
         options=_options(quantization, dtype, device, kernels, threads),
         model=model,

@@ -19,7 +19,7 @@ from typing import Final, Self
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import ConcatDataset, Dataset
 
 from gorgon_protocol.errors import DataError, TrainingError
 from gorgon_trainer.shards import TokenSequence
@@ -154,6 +154,17 @@ class PackedDataset(Dataset[Pack]):
             starts=torch.tensor(starts),
             lengths=torch.tensor([piece.length for piece in pieces]),
         )
+
+
+class JoinedPacks(ConcatDataset[Pack]):
+    """The packs of several datasets of one pack length, numbered through."""
+
+    def __init__(self, parts: Sequence[PackedDataset]) -> None:
+        super().__init__(parts)
+        self.parts = tuple(parts)
+        self.sizes = tuple(len(part) for part in parts)
+        self.pack_length = parts[0].pack_length
+        assert all(part.pack_length == self.pack_length for part in parts)
 
 
 def _pieces(lengths: Iterable[int], pack_length: int) -> list[_Piece]:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from gorgon_engine.backbone.base import Backbone
 from gorgon_protocol.errors import DataError, TrainingError
-from gorgon_trainer.dataset import PackBatch, PackedDataset, collate
+from gorgon_trainer.dataset import JoinedPacks, PackBatch, PackedDataset, collate
 from gorgon_trainer.features import hidden_states
 from gorgon_trainer.files import written_whole
 
@@ -56,7 +56,7 @@ class ComputedFeatures:
 class RememberedFeatures:
     """A forward pass of the backbone for every pack once; its hidden states then stay in the device's memory."""
 
-    def __init__(self, backbone: Backbone, dataset: PackedDataset) -> None:
+    def __init__(self, backbone: Backbone, dataset: PackedDataset | JoinedPacks) -> None:
         """Raises `TrainingError` where a GPU has no room for them all."""
         self._backbone = backbone
         self._pack_length = dataset.pack_length
@@ -82,7 +82,9 @@ class RememberedFeatures:
 class CachedFeatures:
     """Hidden states of a whole dataset in files of several packs, made once; a killed run makes the missing files."""
 
-    def __init__(self, folder: Path, dataset: PackedDataset, backbone: Backbone, *, fingerprint: str) -> None:
+    def __init__(
+        self, folder: Path, dataset: PackedDataset | JoinedPacks, backbone: Backbone, *, fingerprint: str
+    ) -> None:
         """fingerprint: says of which shards, packing and backbone the features are. Files of another are made again."""
         self._folder = folder
         self._dataset = dataset

@@ -3,8 +3,9 @@
 Letters: n positions, K heads, V' tokens that can be drafted, M ranks.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import nn
@@ -26,6 +27,21 @@ class HeldOut:
     accuracies: tuple[tuple[float, ...], ...]  # [K][M]: share of positions where the choice of that rank was right
     losses: tuple[float, ...]  # [K] mean cross-entropy, over the targets that can be drafted
     num_positions: int
+
+    @classmethod
+    def pooled(cls, parts: Sequence[Self]) -> Self:
+        """Of several texts together, each by its positions. Of one: itself, to the bit."""
+        if len(parts) == 1:
+            return parts[0]
+        positions = torch.tensor([float(part.num_positions) for part in parts], dtype=torch.float64)
+        shares = positions / positions.sum()
+        accuracies = torch.tensor([part.accuracies for part in parts], dtype=torch.float64)  # [parts, K, M]
+        losses = torch.tensor([part.losses for part in parts], dtype=torch.float64)  # [parts, K]
+        return cls(
+            accuracies=tuple(tuple(row) for row in torch.tensordot(shares, accuracies, dims=1).tolist()),
+            losses=tuple((shares @ losses).tolist()),
+            num_positions=sum(part.num_positions for part in parts),
+        )
 
     def acceptance_length(self, offsets: tuple[int, ...], num_nodes: int = 32) -> float:
         """Expected tokens a step of the best fixed tree of `num_nodes` rows, root included (2401.10774, s. 2.3.3)."""

@@ -8,6 +8,7 @@ from gorgon_engine.heads.checkpoint import save_heads
 from gorgon_engine.heads.families import family_fields
 from gorgon_protocol.manifest import HeadsManifest, TrainingRecord
 from gorgon_trainer.evaluation.predicted import recommended_tree
+from gorgon_trainer.mixture import ShardMixture
 from gorgon_trainer.shards import ShardSet
 from gorgon_trainer.train_config import TrainConfig
 from gorgon_trainer.training import TrainResult
@@ -26,7 +27,7 @@ class CheckpointName:
 
 
 def checkpoint_manifest(
-    result: TrainResult, shards: ShardSet, config: TrainConfig, name: CheckpointName, *, data: str
+    result: TrainResult, shards: ShardSet | ShardMixture, config: TrainConfig, name: CheckpointName, *, data: str
 ) -> HeadsManifest:
     """What the heads of a run are: for the backbone of the shards, with the figures that training measured."""
     held_out, vocabulary = result.held_out, result.draft_vocabulary

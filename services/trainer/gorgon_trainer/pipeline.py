@@ -7,7 +7,7 @@
 <out>/report      report.md and its plots
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from gorgon_trainer.distill import DistillConfig, DistillReport, distill
 from gorgon_trainer.evaluation.measured import MeasureSettings
 from gorgon_trainer.evaluation.prompts import read_prompts
 from gorgon_trainer.finish import BOTH, HEADS, EvaluateConfig, complete_checkpoint, evaluate, report
+from gorgon_trainer.mixture import ShardMixture
 from gorgon_trainer.package import CheckpointName, checkpoint_manifest, write_checkpoint
 from gorgon_trainer.presets import Preset
 from gorgon_trainer.publish import publish
@@ -70,7 +71,7 @@ def make_accelerator(device: str | None) -> Accelerator:
 
 
 def train_with(
-    shard_folder: Path,
+    shard_folders: Sequence[Path],
     out: Path,
     *,
     options: BackboneOptions,
@@ -82,7 +83,8 @@ def train_with(
     max_file_bytes: int | None = None,
     progress: bool = True,
 ) -> Path | None:
-    """Train heads on shards and write their checkpoint `<out>/<name>@<version>`; return its folder.
+    """Train heads on the shards of one or more folders and write their checkpoint `<out>/<name>@<version>`; return its
+    folder.
 
     initial: a checkpoint whose weights the run begins with, instead of fresh ones. A finished checkpoint of the run's
     own is left as it is. None on all but the main process. Raises `TrainingError` where the shards are of another
@@ -91,11 +93,12 @@ def train_with(
     accelerator = make_accelerator(options.device)
     checkpoint = out / CheckpointName(name, version).folder
     folder = resolve_model(model)
-    shards = ShardSet.open(shard_folder)
+    shards = ShardMixture([ShardSet.open(one) for one in shard_folders])
+    shards.check_shares(config.shares)
     identity = backbone_identity(folder)
     if shards.index.backbone.identity != identity:
         raise TrainingError(
-            f"{shard_folder}: the answers are of another backbone: {shards.index.backbone.name} "
+            f"{shard_folders[0]}: the answers are of another backbone: {shards.index.backbone.name} "
             f"({shards.index.backbone.identity[:12]}), {model} is {identity[:12]}"
         )
     if checkpoint.exists():
@@ -110,11 +113,19 @@ def train_with(
         return None
     data = (
         f"{shards.num_sequences('train')} answers ({shards.num_targets('train')} tokens) of the backbone itself to "
-        "prompts of the data stage"
+        "prompts of the data stage" + _mixed(shards, config)
     )
     manifest = checkpoint_manifest(result, shards, config, CheckpointName(name, version), data=data)
     write_checkpoint(result, manifest, out, max_file_bytes=max_file_bytes)
     return checkpoint
+
+
+def _mixed(shards: ShardMixture, config: TrainConfig) -> str:
+    """Of what several folders a run's packs were, for people."""
+    if len(shards.folders) == 1:
+        return ""
+    sizes = " + ".join(str(folder.num_sequences("train")) for folder in shards.folders)
+    return f"; {sizes} in folders of their own" + (f", mixed {config.as_json()['shares']}" if config.shares else "")
 
 
 def run_preset(
@@ -147,7 +158,7 @@ def run_preset(
         say(f"training {preset.train.family} heads")
         config = preset.train
         train_with(
-            out / "shards",
+            [out / "shards"],
             out / "run",
             options=options,
             model=model,

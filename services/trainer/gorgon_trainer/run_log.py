@@ -48,6 +48,8 @@ class RunLog:
             self._tensorboard.add_scalar("held_out/acceptance_length", measured["acceptance_length"], step)
             for head, row in enumerate(measured["accuracies"]):
                 self._tensorboard.add_scalar(f"held_out/top_1/{head + 1}", row[0], step)
+        for number, length in enumerate(record.get("held_out_of_each", ()), 1):
+            self._tensorboard.add_scalar(f"held_out/acceptance_length/{number}", length, step)
 
 
 def read_history(folder: Path) -> list[dict[str, Any]]:

@@ -38,6 +38,7 @@ class TrainConfig:
     patience: int = 0  # evaluations without a better held-out acceptance length before it stops; 0 = never
     save_every: int = 200  # steps; also at the end
     features: Features = Features.COMPUTED
+    shares: tuple[float, ...] | None = None  # of several shard folders in the batches, any unit; None = by their size
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -51,6 +52,8 @@ class TrainConfig:
         for name in ("min_learning_rate_share", "warmup_steps", "weight_decay", "patience", "seed"):
             if not getattr(self, name) >= 0:
                 raise TrainingError(f"{name} must not be below 0: got {getattr(self, name)}")
+        if self.shares is not None and not all(0 < share < math.inf for share in self.shares):
+            raise TrainingError(f"shares must be above 0 and finite: got {', '.join(map(str, self.shares))}")
         if not 0 <= self.dropout < 1:
             raise TrainingError(f"dropout must be a share from 0 up to, not including, 1: got {self.dropout}")
         if self.family == "eagle":
@@ -83,6 +86,7 @@ class TrainConfig:
 
     def as_json(self) -> dict[str, Any]:
         """Without the settings of another family, which change nothing."""
-        settings = asdict(self) | {"loss": str(self.loss), "features": str(self.features)}
+        shares = None if self.shares is None else ",".join(map(str, self.shares))
+        settings = asdict(self) | {"loss": str(self.loss), "features": str(self.features), "shares": shares}
         others = () if self.family == "eagle" else _EAGLE_SETTINGS
         return {name: value for name, value in settings.items() if name not in others}

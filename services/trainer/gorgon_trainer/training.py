@@ -22,22 +22,20 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from gorgon_engine.backbone.base import Backbone
-from gorgon_engine.heads.checkpoint import LoadedHeads, read_heads
-from gorgon_engine.heads.eagle import EagleHead, EagleShape
-from gorgon_engine.heads.families import DraftHeads, family_fields
-from gorgon_engine.heads.hydra import HydraHeads, HydraShape
-from gorgon_engine.heads.medusa import MedusaHeads
-from gorgon_engine.models.config import BackboneConfig
+from gorgon_engine.heads.checkpoint import LoadedHeads
+from gorgon_engine.heads.families import DraftHeads
 from gorgon_protocol.errors import DataError, TrainingError
-from gorgon_trainer.dataset import PackBatch, PackedDataset, collate
+from gorgon_trainer.dataset import JoinedPacks, PackBatch, collate
 from gorgon_trainer.feature_cache import CachedFeatures, ComputedFeatures, Features, FeatureSource, RememberedFeatures
 from gorgon_trainer.features import Examples, examples
 from gorgon_trainer.files import written_whole
 from gorgon_trainer.heldout import HeldOut, held_out
+from gorgon_trainer.mixture import ShardMixture
 from gorgon_trainer.objective import FrozenBackbone, Objective
 from gorgon_trainer.run_log import RunLog
 from gorgon_trainer.sampler import ResumableSampler
-from gorgon_trainer.shards import ShardSet, Split
+from gorgon_trainer.shards import ShardSet
+from gorgon_trainer.starting_heads import empty_heads, read_initial, starting_heads
 from gorgon_trainer.train_config import TrainConfig
 from gorgon_trainer.vocabulary import draft_vocabulary, lm_head_weight
 
@@ -75,7 +73,7 @@ class _Progress:
 
 
 def train(
-    shards: ShardSet,
+    shards: ShardSet | ShardMixture,
     folder: Path,
     *,
     backbone: Backbone,
@@ -86,23 +84,27 @@ def train(
 ) -> TrainResult:
     """Train heads on the shards' answers; `folder` keeps the run's state, history and TensorBoard logs.
 
+    shards: of one folder, or of several, mixed by the config's shares. All of them count alike in the drafting
+    vocabulary and in the held-out figures, where they are pooled by size.
     initial: a checkpoint to begin with, of the same family, shape and drafting vocabulary size; its drafting vocabulary
     stays. A run that was killed goes on where it last saved, and ends with the same weights as one that was not. Raises
     `TrainingError` where the folder is of a run with other settings or data, or cannot be written, or where `initial`
     is of other heads; `HeadsError` where that cannot be read; `DataError` for shards without data.
     """
-    started = None if initial is None else _initial(initial, shards, config)
+    mixture = shards if isinstance(shards, ShardMixture) else ShardMixture([shards])
+    mixture.check_shares(config.shares)
+    started = None if initial is None else read_initial(initial, mixture, config)
     if backbone.device.type == "cuda":
         # What is left to the host are small operations: on all cores of a large machine their threads wait for each
         # other, at half of the speed.
         torch.set_num_threads(min(torch.get_num_threads(), _HOST_THREADS))
-    return _Training(shards, folder, backbone, config, accelerator, started, progress=progress).run()
+    return _Training(mixture, folder, backbone, config, accelerator, started, progress=progress).run()
 
 
 class _Training:
     def __init__(
         self,
-        shards: ShardSet,
+        shards: ShardMixture,
         folder: Path,
         backbone: Backbone,
         config: TrainConfig,
@@ -116,7 +118,7 @@ class _Training:
         self._backbone_config = backbone.config
         self._accelerator = accelerator
         self._show = progress and accelerator.is_main_process
-        self._fingerprint: dict[str, Any] = {"config": config.as_json(), "shards": shards.index.fingerprint}
+        self._fingerprint: dict[str, Any] = {"config": config.as_json(), "shards": shards.fingerprint}
         if initial is not None:
             self._fingerprint["initial"] = {name: file.sha256 for name, file in initial.manifest.files.items()}
         torch.manual_seed(config.seed)
@@ -131,10 +133,11 @@ class _Training:
             draft_vocabulary=None if self._vocabulary is None else self._vocabulary.to(backbone.device),
             vocab_size=backbone.config.vocab_size,
         )
-        self._dataset = self._packed(shards, "train")
+        self._dataset = shards.packed("train", config)
         self._sampler = ResumableSampler(
-            len(self._dataset),
+            self._dataset.sizes,
             batch_size=config.packs_per_batch,
+            shares=config.shares,
             seed=config.seed,
             rank=accelerator.process_index,
             world_size=accelerator.num_processes,
@@ -142,13 +145,18 @@ class _Training:
         self._num_steps = config.max_steps or max(1, round(config.num_epochs * self._sampler.batches_per_epoch))
         self._features = self._feature_source(backbone, shards)
         computed = ComputedFeatures(backbone)
-        held_out_batches = (
-            self._examples(batch, computed.hidden(batch, ()), teachers=False) for batch in self._held_out_packs(shards)
-        )
-        self._held_out_batches = [batch for batch in held_out_batches if batch.num_positions]
-        if not self._held_out_batches:
-            raise DataError(f"{shards.folder}: the held-out answers are too short for offsets {list(config.offsets)}")
-        heads = self._new_heads(backbone, lm_head, initial)
+        self._held_out_batches = [
+            [
+                made
+                for batch in batches
+                if (made := self._examples(batch, computed.hidden(batch, ()), teachers=False)).num_positions
+            ]
+            for batches in self._held_out_packs(shards)
+        ]
+        for one, batches in zip(shards.folders, self._held_out_batches, strict=True):
+            if not batches:
+                raise DataError(f"{one.folder}: the held-out answers are too short for offsets {list(config.offsets)}")
+        heads = starting_heads(config, backbone, lm_head, initial, like=self._held_out_batches[0][0].hidden)
         objective = Objective(heads, self._frozen, config.objective)
         optimizer = torch.optim.AdamW(
             objective.parameters(),
@@ -199,7 +207,7 @@ class _Training:
                 record = self._record(loss_value, own_values)
                 self._check_finite(loss_value)
                 if evaluate:
-                    record["held_out"] = _held_out_record(self._evaluate(), self._config)
+                    record |= self._evaluate()
                 log.write(record)
                 steps.set_postfix_str(f"loss {loss_value:.3f}", refresh=False)
                 self._state.seconds += time.perf_counter() - mark
@@ -239,28 +247,34 @@ class _Training:
         pack_length = self._config.pack_length if self._config.family == "eagle" else None
         return examples(batch, hidden, self._config.offsets, teachers=teachers, pack_length=pack_length)
 
-    def _evaluate(self) -> HeldOut:
+    def _evaluate(self) -> dict[str, Any]:
         """Every process measures the same batches with the same weights, and so decides the same."""
-        measured = self._measure(self._heads)
+        folders = self._measure(self._heads)
+        measured = HeldOut.pooled(folders)
         self._heads.train()
-        length = measured.acceptance_length(self._config.offsets)
+        offsets = self._config.offsets
+        length = measured.acceptance_length(offsets)
         if length > self._state.best_length:
             self._state.best_length, self._state.evaluations_since_best = length, 0
             self._best = _copy(self._heads)
         else:
             self._state.evaluations_since_best += 1
             self._state.stopped_early = 0 < self._config.patience <= self._state.evaluations_since_best
-        return measured
+        record: dict[str, Any] = {"held_out": _held_out_record(measured, self._config)}
+        if len(folders) > 1:
+            record["held_out_of_each"] = [one.acceptance_length(offsets) for one in folders]
+        return record
 
-    def _measure(self, heads: DraftHeads) -> HeldOut:
+    def _measure(self, heads: DraftHeads) -> list[HeldOut]:
+        """Of every shard folder."""
         with self._accelerator.autocast():
-            return held_out(heads, self._frozen, self._held_out_batches)
+            return [held_out(heads, self._frozen, batches) for batches in self._held_out_batches]
 
     def _result(self) -> TrainResult:
-        heads = _empty_heads(self._config, self._backbone_config, self._frozen.lm_head)
+        heads = empty_heads(self._config, self._backbone_config, self._frozen.lm_head)
         heads.load_state_dict(self._best)
         device = next(self._heads.parameters()).device
-        measured = self._measure(heads.to(device))
+        measured = HeldOut.pooled(self._measure(heads.to(device)))
         state = self._state
         peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
         return TrainResult(
@@ -286,54 +300,28 @@ class _Training:
         )
         yield from loader
 
-    def _held_out_packs(self, shards: ShardSet) -> list[PackBatch]:
-        dataset = self._packed(shards, "heldout")
-        chosen = range(0, len(dataset), max(1, len(dataset) // _HELD_OUT_PACKS))
-        size = self._config.packs_per_batch
-        groups = [list(chosen)[at : at + size] for at in range(0, len(chosen), size)]
-        return [collate([dataset[index] for index in group]) for group in groups]
+    def _held_out_packs(self, shards: ShardMixture) -> list[list[PackBatch]]:
+        """Of every shard folder: evenly spaced ones, at least one."""
+        dataset = shards.packed("heldout", self._config)
+        step, size = max(1, len(dataset) // _HELD_OUT_PACKS), self._config.packs_per_batch
+        chosen = [range(0, len(part), step) for part in dataset.parts]
+        return [
+            [collate([part[index] for index in indices[at : at + size]]) for at in range(0, len(indices), size)]
+            for part, indices in zip(dataset.parts, chosen, strict=True)
+        ]
 
-    def _packed(self, shards: ShardSet, split: Split) -> PackedDataset:
-        if not shards.num_targets(split):
-            raise DataError(
-                f"{shards.folder}: the {split} split holds no answers: distil more data into another folder"
-            )
-        return PackedDataset(
-            shards.sequences(split),
-            pack_length=self._config.pack_length,
-            offsets=self._config.offsets,
-            seed=self._config.seed,
-        )
-
-    def _feature_source(self, backbone: Backbone, shards: ShardSet) -> FeatureSource:
+    def _feature_source(self, backbone: Backbone, shards: ShardMixture) -> FeatureSource:
         if self._config.features is Features.COMPUTED:
             return ComputedFeatures(backbone)
         if self._config.features is Features.MEMORY:
             return RememberedFeatures(backbone, self._dataset)
-        key = f"{shards.index.fingerprint}/{backbone.kernels}/{self._config.seed}"
+        key = f"{shards.fingerprint}/{backbone.kernels}/{self._config.seed}"
         cached = CachedFeatures(self._folder / "features", self._dataset, backbone, fingerprint=key)
         cached.fill(
             progress=self._show, rank=self._accelerator.process_index, world_size=self._accelerator.num_processes
         )
         self._accelerator.wait_for_everyone()
         return cached
-
-    def _new_heads(self, backbone: Backbone, lm_head: Tensor, initial: LoadedHeads | None) -> DraftHeads:
-        heads = _empty_heads(self._config, backbone.config, lm_head)
-        if initial is not None:
-            if family_fields(heads) != family_fields(initial.heads):
-                raise TrainingError(
-                    f"heads {initial.manifest.name}@{initial.manifest.version} are of another shape than the run's: "
-                    "give the settings that they were trained with, or begin with fresh ones"
-                )
-            heads.load_state_dict(initial.heads.state_dict())
-            return heads.to(backbone.device)
-        rms = float(self._held_out_batches[0].hidden.float().square().mean().sqrt())
-        if isinstance(heads, HydraHeads):
-            heads.start_as_pass_through(hidden_rms=rms, lm_head=lm_head.cpu().float())
-        elif isinstance(heads, EagleHead):
-            heads.start_as_pass_through(hidden_rms=rms)
-        return heads.to(backbone.device)
 
     def _learning_rate_share(self, step: int) -> float:
         warmup, low = self._config.warmup_steps, self._config.min_learning_rate_share
@@ -399,46 +387,10 @@ class _Training:
         torch.set_rng_state(state["random"].cpu())
 
 
-def _initial(folder: Path, shards: ShardSet, config: TrainConfig) -> LoadedHeads:
-    loaded = read_heads(folder)
-    manifest = loaded.manifest
-    for what, theirs, ours in (
-        ("family", manifest.family, config.family),
-        ("backbone", manifest.backbone.identity[:12], shards.index.backbone.identity[:12]),
-        ("drafting vocabulary", manifest.draft_vocab_size, config.draft_vocab_size),
-    ):
-        if theirs != ours:
-            raise TrainingError(f"{folder}: the run cannot begin with these heads: {what} {theirs}, not {ours}")
-    return loaded
-
-
-def _empty_heads(config: TrainConfig, backbone: BackboneConfig, lm_head: Tensor) -> DraftHeads:
-    """Float32 heads on the CPU. lm_head: [V', C], the size of own projections, and what those of medusa heads are."""
-    size = backbone.hidden_size
-    if config.family == "medusa":
-        own = lm_head.cpu().float() if config.own_projection else None
-        return MedusaHeads(size, num_heads=config.num_heads, num_blocks=config.num_blocks, lm_head=own)
-    if config.family == "eagle":
-        shape = EagleShape(
-            hidden_size=size,
-            num_query_heads=backbone.num_heads,
-            num_kv_heads=backbone.num_kv_heads,
-            head_dim=backbone.head_dim,
-            intermediate_size=backbone.intermediate_size,
-            rope_theta=backbone.rope.parameters["rope_theta"],
-            num_heads=config.num_heads,
-        )
-        return EagleHead(shape)
-    own_rows = lm_head.shape[0] if config.own_projection else None
-    return HydraHeads(
-        HydraShape(size, num_heads=config.num_heads, num_blocks=config.num_blocks, own_projection=own_rows)
-    )
-
-
 class _Numbered(torch.utils.data.Dataset[Any]):
     """Packs with their indices."""
 
-    def __init__(self, dataset: PackedDataset) -> None:
+    def __init__(self, dataset: JoinedPacks) -> None:
         self._dataset = dataset
 
     def __len__(self) -> int:

@@ -5,7 +5,7 @@ know of it. Letters: C hidden size, V vocabulary, V' tokens that can be drafted.
 """
 
 from collections.abc import Iterable, Iterator
-from itertools import islice
+from itertools import chain, islice
 from typing import TypeVar
 
 import torch
@@ -15,12 +15,13 @@ from gorgon_engine.backbone.base import Backbone
 from gorgon_engine.kernels.cpu import PackedLinear
 from gorgon_engine.models.linear import DenseLinear, Int8Linear
 from gorgon_protocol.errors import TrainingError
+from gorgon_trainer.mixture import ShardMixture
 from gorgon_trainer.shards import ShardSet
 
 T = TypeVar("T")
 
 
-def draft_vocabulary(shards: ShardSet, size: int | None) -> Tensor | None:
+def draft_vocabulary(shards: ShardSet | ShardMixture, size: int | None) -> Tensor | None:
     """The `size` tokens most frequent in the training answers, ascending ids [V'] int64; None = all tokens.
 
     Of equals the lower id, so that the same shards give the same tokens. Raises `TrainingError` for a size that is
@@ -32,7 +33,8 @@ def draft_vocabulary(shards: ShardSet, size: int | None) -> Tensor | None:
     if not 1 <= size <= vocab_size:
         raise TrainingError(f"draft_vocab_size must be between 1 and the vocabulary's {vocab_size}: got {size}")
     counts = torch.zeros(vocab_size, dtype=torch.int64)
-    for batch in _batched(shards.sequences("train"), 1024):
+    folders = shards.folders if isinstance(shards, ShardMixture) else (shards,)
+    for batch in _batched(chain.from_iterable(folder.sequences("train") for folder in folders), 1024):
         said = torch.cat([sequence.tokens[sequence.loss_mask.bool()] for sequence in batch]).long()
         counts += torch.bincount(said, minlength=vocab_size)
     return counts.sort(descending=True, stable=True).indices[:size].sort().values

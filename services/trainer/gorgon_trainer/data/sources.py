@@ -220,9 +220,15 @@ def _json_values(file: TextIO) -> Iterator[Any]:
             position = _end_of(_BETWEEN, buffer, position)
             if position < len(buffer):
                 try:
-                    value, position = _DECODER.raw_decode(buffer, position)
-                    yield value
-                    continue
+                    value, end = _DECODER.raw_decode(buffer, position)
+                    if isinstance(value, str):
+                        # The end of a text that the file begins in, up to the quotes of the next key: what lies between
+                        # may hold the beginning of a conversation.
+                        problem: str | None = "a text, not a JSON object"
+                    else:
+                        yield value
+                        position = end
+                        continue
                 except (json.JSONDecodeError, RecursionError) as error:
                     problem = _problem(error, len(buffer), len(buffer) - position, is_end)
                 if problem is not None:
