@@ -129,6 +129,7 @@ def test_it_serves_until_ctrl_c(model: tuple[object, ...], tmp_path: Path) -> No
     lines = err.splitlines()
     assert all(line.startswith("gorgon: ") for line in lines), err
     assert len(lines) == len(set(lines)), "a stage is named once"
+    assert "API_KEYS" not in err, "nobody else can reach it"
     assert {line.split(" | ")[0] for line in log.read_text().splitlines()} == {"engine", "gateway"}
 
 
@@ -165,13 +166,40 @@ def test_when_one_dies_the_other_goes_too(model: tuple[object, ...], victim: str
     assert any(line.startswith(f"{name} | ") for line in err.splitlines())
 
 
-def test_a_model_that_is_not_there(tmp_path: Path) -> None:
-    with Up("--model", tmp_path / "nowhere") as up:
+def test_a_folder_without_a_model(tmp_path: Path) -> None:
+    with Up("--model", tmp_path) as up:
         status, err = up.end()
     assert status == 1
     assert re.match(r"gorgon: the engine ended with exit status 1", err.splitlines()[-1])
-    assert "nowhere" in err
+    assert str(tmp_path) in err
     assert "Traceback" not in err
+
+
+def test_settings_of_the_environment(model: tuple[object, ...], tmp_path: Path) -> None:
+    """A secret of the user's own opens the engine's metrics, a URL stays as it was written (a path would have lost a
+    slash), and serving every machine without keys is said."""
+    secret = tmp_path / "secret"
+    secret.write_text("of-the-user-0123456789\n")
+    store = f"file://{tmp_path}"
+    environment = {
+        "GORGON_GATEWAY_HOST": "0.0.0.0",
+        "GORGON_ENGINE_SECRET_FILE": str(secret),
+        "GORGON_ENGINE_STORE": store,
+    }
+    with Up(*model, **environment) as up:
+        engine = up.wait_until_ready().children()["gorgon_engine"].environ()
+        assert engine["GORGON_ENGINE_STORE"] == store
+        assert len(generate(up.url)["token_ids"]) == 8
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{engine['GORGON_ENGINE_PORT']}/metrics",
+            headers={"Authorization": f"Bearer {secret.read_text().strip()}"},
+        )
+        with urllib.request.urlopen(request, timeout=WAIT_SECONDS) as metrics:
+            assert b"gorgon:spec_decode_num_drafts_total" in metrics.read()
+        up.process.terminate()
+        status, err = up.end()
+    assert status == 0
+    assert "set GORGON_GATEWAY_API_KEYS_FILE" in err
 
 
 def test_children_die_with_a_supervisor_that_was_killed(model: tuple[object, ...]) -> None:
@@ -238,13 +266,43 @@ def test_a_port_in_use_is_said_before_anything_is_loaded(gorgon: Gorgon, tiny: P
         (("--host", ""), "--host is empty"),
         (("--model", ""), "--model is empty"),
         (("--heads", ""), "--heads is empty"),
-        (("--heads", "a", "--store", "b"), "leave one of the two out"),
+        (("--store", ""), "--store is empty"),
+        (("--heads", "a", "--store", "b"), "leave one out"),
+        (("--model", "/nowhere/model"), "/nowhere/model: no such model folder"),
+        (("--model", "smolm2"), "models known by name: smollm2"),
+        (("--heads", "/nowhere/heads"), "--heads /nowhere/heads: no such folder"),
+        (("--store", "/nowhere/store"), "--store /nowhere/store: no such folder"),
         (("--num-slots", "0"), "--num-slots"),
-        (("--log-file", "/nowhere/log"), "/nowhere/log"),
+        (("--log-file", "/nowhere/log", "--port", "0", "--engine-port", "0"), "/nowhere/log"),
     ],
 )
 def test_what_cannot_be_is_said_in_one_line(gorgon: Gorgon, arguments: tuple[str, ...], said: str) -> None:
     status, out, err = gorgon("up", *arguments)
+    assert status in (1, 2)
+    assert out == ""
+    assert said in one_line(err)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "said"),
+    [
+        ("GORGON_GATEWAY_PORT", "70000", "--port"),
+        ("GORGON_GATEWAY_HOST", "192.0.2.1", "cannot listen on 192.0.2.1"),
+        ("GORGON_ENGINE_PORT", "x", "GORGON_ENGINE_PORT"),
+        ("GORGON_ENGINE_MODEL", "/nowhere/model", "/nowhere/model"),
+        ("GORGON_ENGINE_HEADS", "/nowhere/heads", "/nowhere/heads"),
+        ("GORGON_ENGINE_STORE", "/nowhere/store", "/nowhere/store"),
+        ("GORGON_ENGINE_NUM_SLOTS", "0", "--num-slots"),
+        ("GORGON_ENGINE_SECRET_FILE", "/nowhere/secret", "GORGON_ENGINE_SECRET_FILE: /nowhere/secret: cannot be read"),
+    ],
+)
+def test_the_environment_has_the_settings_too(
+    gorgon: Gorgon, tiny: Path, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, said: str
+) -> None:
+    free = {"GORGON_GATEWAY_PORT": "0", "GORGON_ENGINE_PORT": "0", "GORGON_ENGINE_MODEL": str(tiny)}
+    for name, setting in {**free, variable: value}.items():
+        monkeypatch.setenv(name, setting)
+    status, out, err = gorgon("up")
     assert status in (1, 2)
     assert out == ""
     assert said in one_line(err)

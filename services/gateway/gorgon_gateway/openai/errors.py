@@ -14,7 +14,9 @@ from gorgon_protocol.errors import BadRequestError, GorgonError, ModelNotFoundEr
 
 M = TypeVar("M", bound=BaseModel)
 
+# Kinds of pydantic errors raised over a whole object: which of its fields is meant is in their context, as `param`.
 UNSUPPORTED: Final = "unsupported_parameter"
+INCONSISTENT: Final = "inconsistent_parameters"
 _TYPES: Final = {
     401: "authentication_error",
     403: "permission_error",
@@ -96,9 +98,10 @@ def _parameter_error(error: ValidationError) -> ParameterError:
         message = f"the body is not JSON in UTF-8: {message.removeprefix('Invalid JSON: ')}"
         return ParameterError(message, param=None, reason="invalid_json")
     path = list(first["loc"])
-    if kind == UNSUPPORTED:  # raised over the whole object: which of its fields is in the context
+    if kind in (UNSUPPORTED, INCONSISTENT):
         param = _path([*path, first["ctx"]["param"]])
-        return ParameterError(f"{param}: {message}", param=param, reason=UNSUPPORTED)
+        reason = UNSUPPORTED if kind == UNSUPPORTED else "invalid_value"
+        return ParameterError(f"{param}: {message}", param=param, reason=reason)
     for index, part in enumerate(path):
         if part in _SHAPES and len(path) > index + 1:
             path, message, kind = path[: index + 1], _SHAPES[str(part)], "invalid_type"

@@ -16,6 +16,16 @@ def _entry(entry: dict[str, Any]) -> dict[str, Any]:
     return {"token": token, "logprob": entry["logprob"], "bytes": encoded}
 
 
+def _by_text(entry: dict[str, Any]) -> dict[str, float]:
+    """The alternatives and, as OpenAI has it, the chosen token. Of several that are written alike, as parts of
+    characters are, there is the chosen one, else the likeliest."""
+    found: dict[str, float] = {}
+    for top in entry["top"]:  # likeliest first
+        found.setdefault(top["token"], top["logprob"])
+    found[entry["token"]] = entry["logprob"]
+    return found
+
+
 class CompletionLogprobs:
     """Of one answer: knows how long its text is by now, for `text_offset`."""
 
@@ -31,7 +41,7 @@ class CompletionLogprobs:
             offsets.append(self._offset)
             self._offset += len(piece)
         entries = fields["logprobs"] or []
-        tops = [{top["token"]: top["logprob"] for top in entry["top"]} for entry in entries] if self._num_top else None
+        tops = [_by_text(entry) for entry in entries] if self._num_top else None
         return {
             "tokens": [entry["token"] for entry in entries],
             "token_logprobs": [entry["logprob"] for entry in entries],

@@ -3,6 +3,7 @@
 Limits are told in `x-ratelimit-*` headers, the request's id in `x-request-id`.
 """
 
+import time
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from typing import Any, Final
 
@@ -55,6 +56,7 @@ def make_router(relay: Relay, engines: Engines, settings: GatewaySettings) -> AP
     """The routes. The guard has put the caller into `request.state.caller`."""
     router = APIRouter(prefix=PREFIX, route_class=_OpenAIRoute, tags=["OpenAI"])
     max_choices = settings.max_choices
+    started_at = int(time.time())
 
     @router.post("/chat/completions", **_documented(ChatCompletion, ChatCompletionRequest))
     async def chat_completions(request: Request) -> Response:
@@ -70,17 +72,24 @@ def make_router(relay: Relay, engines: Engines, settings: GatewaySettings) -> AP
         plan = plan_completion(wanted, request_id=record_of(request.scope).request_id, max_choices=max_choices)
         return await _answer(relay, request, plan, max_choices, is_streamed=bool(wanted.stream))
 
-    @router.get("/models", response_model=None, responses={200: {"model": ModelList}, **_failures(401)})
+    @router.head("/models", include_in_schema=False)
+    @router.get("/models", response_model=None, responses={200: {"model": ModelList}, **_failures(401, 403)})
     async def models() -> Response:
-        """What is served."""
-        return json_response({"object": "list", "data": _models(engines)})
+        """The models that are served."""
+        return json_response({"object": "list", "data": _models(engines, started_at)})
 
-    @router.get("/models/{model:path}", response_model=None, responses={200: {"model": Model}, **_failures(401, 404)})
+    @router.head("/models/{model:path}", include_in_schema=False)
+    @router.get(
+        "/models/{model:path}",
+        response_model=None,
+        # With a default FastAPI does not add a 422 of its own, which is never sent.
+        responses={200: {"model": Model}, **_failures(401, 403, 404, "default")},
+    )
     async def one_model(model: str) -> Response:
-        """One of them."""
+        """One of the models that are served."""
         for engine in engines.ready:
             if engine.serves(model):
-                return json_response(_model(engine))
+                return json_response(_model(engine, started_at))
         names = ", ".join(engines.models) or "none now"
         raise ModelNotFoundError(f"model {model[:200]!r} is not served here: this gateway serves {names}")
 
@@ -129,18 +138,20 @@ async def _events(
         await messages.aclose()
 
 
-def _models(engines: Engines) -> list[dict[str, Any]]:
+def _models(engines: Engines, started_at: int) -> list[dict[str, Any]]:
     """One entry a model, of its first engine."""
-    return list({engine.model: _model(engine) for engine in reversed(engines.ready) if engine.model}.values())
+    ready = [engine for engine in reversed(engines.ready) if engine.model]
+    return list({engine.model: _model(engine, started_at) for engine in ready}.values())
 
 
-def _model(engine: Engine) -> dict[str, Any]:
+def _model(engine: Engine, started_at: int) -> dict[str, Any]:
+    """Created when its heads were loaded; without heads, when the gateway was started."""
     heads = engine.info.get("heads")
     loaded_at = heads.get("loaded_at") if isinstance(heads, dict) else None
     return {
         "id": engine.model,
         "object": "model",
-        "created": int(loaded_at or 0),
+        "created": int(loaded_at or started_at),
         "owned_by": "gorgon",
         "gorgon": {
             "backbone": engine.backbone,
@@ -162,5 +173,5 @@ def _documented(answer: type[BaseModel], body: type[BaseModel]) -> dict[str, Any
     }
 
 
-def _failures(*statuses: int) -> dict[int | str, dict[str, Any]]:
+def _failures(*statuses: int | str) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": OpenAIError} for status in statuses}

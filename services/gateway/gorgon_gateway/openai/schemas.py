@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Final, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from gorgon_gateway.openai.errors import UNSUPPORTED
+from gorgon_gateway.openai.errors import INCONSISTENT, UNSUPPORTED
 from gorgon_protocol.requests import (
     MAX_LOGIT_BIASES,
     MAX_LOGPROBS,
@@ -27,7 +27,13 @@ _NOTHING: Final[tuple[Any, ...]] = (None, [], {}, False)
 
 Text = Annotated[str, StringConstraints(max_length=200)]
 StopText = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
+CacheOptions = Annotated[dict[str, Text], Field(max_length=16)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+
+
+def _inconsistent(param: str, message: str) -> PydanticCustomError:
+    """The field is at odds with another one."""
+    return PydanticCustomError(INCONSISTENT, message, {"param": param})
 
 
 class _Strict(BaseModel):
@@ -52,6 +58,7 @@ class _Strict(BaseModel):
 class TextPart(_Strict):
     type: Literal["text"]
     text: str
+    prompt_cache_breakpoint: CacheOptions | None = Field(default=None, description="accepted, changes nothing")
 
 
 class ChatRequestMessage(_Strict):
@@ -130,7 +137,7 @@ class _Sampling(_Strict):
     @model_validator(mode="after")
     def _streamed(self) -> Self:
         if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options need stream: true")
+            raise _inconsistent("stream_options", "needs stream: true")
         return self
 
     def sampling(self) -> dict[str, Any]:
@@ -166,8 +173,8 @@ class ChatCompletionRequest(_Sampling):
         "modalities": (None, ["text"]),
         "audio": (None,),
         "prediction": (None,),
-        "reasoning_effort": (None,),
-        "verbosity": (None,),
+        "reasoning_effort": (None, "none"),
+        "verbosity": (None, "medium"),
         "web_search_options": (None,),
         "moderation": (None,),
         "response_format": (None, {"type": "text"}),
@@ -187,13 +194,15 @@ class ChatCompletionRequest(_Sampling):
     )
     safety_identifier: Text | None = Field(default=None, description="accepted, changes nothing")
     prompt_cache_key: Text | None = Field(default=None, description="accepted, changes nothing")
+    prompt_cache_options: CacheOptions | None = Field(default=None, description="accepted, changes nothing")
+    prompt_cache_retention: Text | None = Field(default=None, description="accepted, changes nothing")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.top_logprobs is not None and not self.logprobs:
-            raise ValueError("top_logprobs need logprobs: true")
+            raise _inconsistent("top_logprobs", "needs logprobs: true")
         if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
-            raise ValueError("max_tokens and max_completion_tokens differ: give one of them")
+            raise _inconsistent("max_tokens", "differs from max_completion_tokens: give one of them")
         return self
 
     def sampling(self) -> dict[str, Any]:
@@ -209,7 +218,7 @@ class ChatCompletionRequest(_Sampling):
 class CompletionRequest(_Sampling):
     """`POST /v1/completions`."""
 
-    refused = {"echo": (None, False), "suffix": (None,), "best_of": (None, 1)}
+    refused = {"echo": (None, False), "suffix": (None, ""), "best_of": (None, 1)}
 
     prompt: (
         Annotated[str, StringConstraints(min_length=1)]
