@@ -1,5 +1,5 @@
 # Every target sets up what it needs; the first one takes a few minutes (environment, packages, the small model).
-.PHONY: help setup up chat soak test test-full check format bench lock clean
+.PHONY: help setup web web-types up chat soak test test-full check format bench reference lock clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -12,6 +12,8 @@ help:
 	@echo "make bench      plain against speculative decoding on this machine"
 	@echo "make check      lint, types and import contracts only"
 	@echo "make format     format the code"
+	@echo "make web        build the page (make web-types: its types of the wire, out of the gateway's schema)"
+	@echo "make reference  write docs/reference and the dashboards out of the code"
 	@echo "make lock       pin what is installed now (constraints.txt)"
 
 setup: $(READY)
@@ -20,7 +22,14 @@ $(READY): pyproject.toml constraints.txt scripts/setup.sh
 	scripts/setup.sh $(VENV)
 	@touch $@
 
+web: $(READY)
+	@scripts/web.sh $(VENV) build
+
+web-types: $(READY)
+	@scripts/web.sh $(VENV) types
+
 up: $(READY)
+	@scripts/web.sh $(VENV) build || echo "up: the page could not be built (see above): serving without it" >&2
 	@$(BIN)/gorgon up
 
 chat: $(READY)
@@ -32,15 +41,18 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	scripts/web.sh $(VENV) check
 
-test: check
+test: check web
 	scripts/test_packages.sh
 	$(BIN)/gorgon models fetch smollm2
+	scripts/web.sh $(VENV) test
 	$(BIN)/pytest -m "not full"
 
-test-full: check
+test-full: check web
 	scripts/test_packages.sh
 	$(BIN)/gorgon models fetch smollm2
+	scripts/web.sh $(VENV) test
 	$(BIN)/pytest
 
 soak: $(READY)
@@ -53,9 +65,14 @@ bench: $(READY)
 format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+	scripts/web.sh $(VENV) format
+
+reference: $(READY)
+	$(BIN)/python scripts/reference.py
+	$(BIN)/python scripts/dashboards.py
 
 lock: $(READY)
 	scripts/lock.sh $(VENV)
 
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) web/node_modules web/dist services/gateway/gorgon_gateway/static build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -3,18 +3,15 @@
 import json
 from typing import Any
 
+from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from gorgon_gateway.rest import ErrorAnswer, GatewayInfo, Health
 from gorgon_protocol import messages, requests
 
 _SENT = (requests.GenerateRequest, requests.CancelRequest)
-_RECEIVED = (
-    messages.StatusMessage,
-    messages.TokenMessage,
-    messages.FinishedMessage,
-    messages.ErrorMessage,
-    messages.EngineInfo,
-)
+_RECEIVED = (messages.StatusMessage, messages.TokenMessage, messages.FinishedMessage, messages.ErrorMessage)
+_ANSWERED: dict[str, type[BaseModel]] = {"info": GatewayInfo, "health": Health, "refused": ErrorAnswer}  # over HTTP
 
 
 def _untitled(schema: Any) -> Any:
@@ -29,20 +26,22 @@ def _untitled(schema: Any) -> Any:
 
 def main() -> None:
     _, definitions = models_json_schema([(model, "validation") for model in _SENT], ref_template="#/$defs/{model}")
-    _, received = models_json_schema([(model, "serialization") for model in _RECEIVED], ref_template="#/$defs/{model}")
-    for model in received["$defs"].values():
+    models: list[type[BaseModel]] = [*_RECEIVED, *_ANSWERED.values()]
+    _, received = models_json_schema([(model, "serialization") for model in models], ref_template="#/$defs/{model}")
+    for name, model in received["$defs"].items():
+        if name == Health.__name__:
+            continue  # its defaults are left out
         model["required"] = list(model["properties"])  # what is sent is sent whole, defaults included
-    models = {**definitions["$defs"], **received["$defs"]}
     schema = {
         "type": "object",
-        "required": ["sent", "received", "info"],
+        "required": ["sent", "received", *_ANSWERED],
         "additionalProperties": False,
         "properties": {
             "sent": {"anyOf": [{"$ref": f"#/$defs/{model.__name__}"} for model in _SENT]},
-            "received": {"anyOf": [{"$ref": f"#/$defs/{model.__name__}"} for model in _RECEIVED[:-1]]},
-            "info": {"$ref": "#/$defs/EngineInfo"},
+            "received": {"anyOf": [{"$ref": f"#/$defs/{model.__name__}"} for model in _RECEIVED]},
+            **{name: {"$ref": f"#/$defs/{model.__name__}"} for name, model in _ANSWERED.items()},
         },
-        "$defs": _untitled(models),
+        "$defs": _untitled({**definitions["$defs"], **received["$defs"]}),
     }
     print(json.dumps(schema))
 

@@ -235,9 +235,7 @@ def fake_engine(num_streams: int, **arguments: object) -> AbstractContextManager
 
 def gateway_in_front(engine: Service, num_streams: int) -> AbstractContextManager[Service]:
     """Its own cap of connections out of the way, and the one on silence: idle sockets are asked for here."""
-    return gateway_service(
-        core=GATEWAY_CORE, engines=engine.url, max_connections=2 * num_streams + 1000, first_message_seconds=600
-    )
+    return gateway_service(engine, core=GATEWAY_CORE, max_connections=2 * num_streams + 1000, first_message_seconds=600)
 
 
 def _ignore(payload: bytes) -> None:

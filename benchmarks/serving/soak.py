@@ -110,7 +110,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with (
         engine_service(model=arguments.model, num_slots=8, max_waiting=4 * arguments.clients) as engine,
-        gateway_service(engines=engine.url) as gateway,
+        gateway_service(engine) as gateway,
     ):
         report = uvloop.run(
             soak(engine, gateway, arguments.seconds, arguments.clients, arguments.max_tokens, arguments.seed)

@@ -127,23 +127,24 @@ def _frame(opcode: int, payload: bytes) -> bytes:
 class LineStream(asyncio.Protocol):
     """One `POST` whose streamed answer is lines of JSON objects, one or more whole lines a chunk."""
 
-    def __init__(self, head: bytes, body: bytes, on_message: OnMessage) -> None:
+    def __init__(self, head: bytes, body: bytes, on_message: OnMessage, prefix: bytes) -> None:
         self.closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._request = head + body
         self._on_message = on_message
+        self._prefix = prefix
         self._rest = b""
         self._transport: asyncio.Transport | None = None
 
     @classmethod
-    async def open(cls, url: str, body: bytes, on_message: OnMessage) -> "LineStream":
-        """`on_message` gets each line, without what ends it."""
+    async def open(cls, url: str, body: bytes, on_message: OnMessage, *, prefix: bytes = b"{") -> "LineStream":
+        """`on_message` gets each line that begins with `prefix`, without what ends it."""
         parts = urlsplit(url)
         head = (
             f"POST {parts.path} HTTP/1.1\r\nHost: {parts.netloc}\r\nContent-Type: application/json\r\n"
             f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
         ).encode()
         loop = asyncio.get_running_loop()
-        _, stream = await loop.create_connection(lambda: cls(head, body, on_message), *_address(url))
+        _, stream = await loop.create_connection(lambda: cls(head, body, on_message, prefix), *_address(url))
         return stream
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -157,7 +158,7 @@ class LineStream(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         *lines, self._rest = (self._rest + data).split(b"\n")
         for line in lines:
-            if line.startswith(b"{"):  # the others are headers and the sizes of chunks
+            if line.startswith(self._prefix):  # the others are headers and the sizes of chunks
                 self._on_message(line)
 
     def connection_lost(self, error: Exception | None) -> None:

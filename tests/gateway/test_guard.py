@@ -23,8 +23,18 @@ def engine() -> Iterator[FakeEngine]:
 
 
 @pytest.fixture(scope="module")
-def open_gateway(engine: FakeEngine) -> Iterator[RunningGateway]:
-    with running_gateway(engine.url, max_body_bytes=10_000, body_seconds=0.4) as gateway:
+def web_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A built page, as small as it can be."""
+    folder = tmp_path_factory.mktemp("web")
+    (folder / "index.html").write_text("<!doctype html><title>Gorgon</title>")
+    (folder / "assets").mkdir()
+    (folder / "assets" / "page.js").write_text("export {};")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def open_gateway(engine: FakeEngine, web_root: Path) -> Iterator[RunningGateway]:
+    with running_gateway(engine.url, max_body_bytes=10_000, body_seconds=0.4, web_root=web_root) as gateway:
         yield gateway
 
 
@@ -34,17 +44,19 @@ def key() -> Any:
 
 
 @pytest.fixture(scope="module")
-def closed_gateway(engine: FakeEngine, key: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningGateway]:
+def closed_gateway(
+    engine: FakeEngine, key: Any, web_root: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[RunningGateway]:
     file = tmp_path_factory.mktemp("keys") / "keys"
     file.write_text(key.line)
-    with running_gateway(engine.url, api_keys_file=file) as gateway:
+    with running_gateway(engine.url, api_keys_file=file, web_root=web_root) as gateway:
         yield gateway
 
 
 PATHS = ["/generate", "/tokenize", "/detokenize", "/info", "/metrics", "/openapi.json", "/v1/models", "/v1/completions"]
 
 
-@pytest.mark.parametrize("path", [*PATHS, "/nowhere", "/generate_stream", "/health/live/", "//", "/static"])
+@pytest.mark.parametrize("path", [*PATHS, "/nowhere", "/generate_stream", "/health/live/", "//", "/assets"])
 def test_everything_needs_a_key_that_is_not_public(closed_gateway: RunningGateway, path: str) -> None:
     for headers in (
         {},
@@ -57,7 +69,7 @@ def test_everything_needs_a_key_that_is_not_public(closed_gateway: RunningGatewa
         assert response.json()["error"]["code"] == "invalid_api_key"
 
 
-@pytest.mark.parametrize("path", ["/", "/static/page.js", "/health/live", "/health/ready"])
+@pytest.mark.parametrize("path", ["/", "/assets/page.js", "/health/live", "/health/ready"])
 def test_the_page_and_health_are_public(closed_gateway: RunningGateway, path: str) -> None:
     assert httpx.get(closed_gateway.url + path, trust_env=False).status_code == 200
 
@@ -104,7 +116,7 @@ def test_an_allowed_origin_is_told_so(engine: FakeEngine) -> None:
 
 
 def test_security_headers_are_on_every_response(open_gateway: RunningGateway) -> None:
-    for path in ("/", "/static/page.js", "/info", "/nowhere", "/health/ready"):
+    for path in ("/", "/assets/page.js", "/info", "/nowhere", "/health/ready"):
         response = httpx.get(open_gateway.url + path, trust_env=False)
         assert response.headers["X-Content-Type-Options"] == "nosniff", path
         assert response.headers["X-Frame-Options"] == "DENY"

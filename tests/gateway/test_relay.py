@@ -23,20 +23,11 @@ from gorgon_protocol.errors import (
 )
 from gorgon_protocol.messages import MESSAGE, ErrorMessage, FinishedMessage, StatusMessage, TokenMessage
 from gorgon_protocol.requests import GenerateRequest
-from support.fake_engine import FakeEngine, Faults
+from support.fake_engine import FakeEngine, Faults, ScriptedEngine
 from support.gateways import ANYBODY, everything, running_relay, wanted
 from support.services import Service, fake_engine_process
 
 TERMINAL = ("finished", "error")
-
-
-class ScriptedEngine(FakeEngine):
-    """Every generation that comes takes the next faults of the script."""
-
-    script: list[Faults]
-
-    def _take_faults(self) -> Faults:
-        return self.script.pop(0) if self.script else Faults()
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +36,6 @@ def pair() -> Iterator[tuple[ScriptedEngine, ScriptedEngine]]:
         ScriptedEngine(name="one", step_seconds=0.001) as one,
         ScriptedEngine(name="two", step_seconds=0.001) as two,
     ):
-        one.script, two.script = [], []
         yield one, two
 
 
@@ -166,6 +156,37 @@ def test_whatever_fails_a_generation_ends_once_and_loses_nothing(
         assert end.code in ("unavailable", "internal")
         assert text(expected).startswith(text(outcome))
         assert tokens(expected)[: len(tokens(outcome))] == tokens(outcome)
+
+
+@pytest.mark.parametrize("which", range(len(REQUESTS)))
+def test_every_cut_of_an_answer_and_a_second_one_behind_it(
+    pair: tuple[ScriptedEngine, ScriptedEngine], references: list[list[RelayedMessage]], which: int
+) -> None:
+    """Both engines break off behind so many messages, then the first one goes on: within stop strings as well."""
+    one, two = pair
+    expected = references[which]
+
+    async def run() -> None:
+        async with running_relay(one.url, two.url, max_resumptions=2) as relay:
+            cut = 0
+            while True:
+                one.script, two.script = [Faults(drop_after=cut)], [Faults(drop_after=cut)]
+                messages = await everything(relay.generate(wanted(**REQUESTS[which]), ANYBODY, request_id="r"))
+                end = checked(messages)
+                assert isinstance(end, FinishedMessage)
+                assert (tokens(messages), text(messages)) == (tokens(expected), text(expected))
+                assert (end.finish_reason, end.stop) == (
+                    expected[-1].fields["finish_reason"],
+                    expected[-1].fields["stop"],
+                )
+                check_identities(end)
+                assert end.metrics.num_resumptions <= (2 if cut else 0)
+                if one.script or two.script:
+                    break  # the answer was over before the cut, of one of them at least
+                cut += 1
+
+    asyncio.run(run())
+    one.script, two.script = [], []
 
 
 @pytest.mark.parametrize("cut", [0, 1, 2, 5])

@@ -16,7 +16,7 @@ import pytest
 
 from support.clients import Generation, generate, has_begun, open_socket, receive
 from support.fake_engine import FakeEngine
-from support.services import Service, free_port, gateway_service
+from support.services import Service, gateway_service
 
 LONG = {"prompt": "a b", "max_tokens": 400, "ignore_eos": True}
 STOP_SECONDS = 20.0
@@ -141,11 +141,12 @@ def test_a_second_signal_ends_it_at_once(engine: FakeEngine) -> None:
 
 
 def test_metrics_have_a_port_of_their_own(engine: FakeEngine) -> None:
-    port = free_port()
-    with gateway_service(engines=engine.url, metrics_port=port) as gateway:
-        response = httpx.get(f"http://127.0.0.1:{port}/metrics", trust_env=False)
+    with gateway_service(engines=engine.url, metrics_port=0) as gateway:
+        lines = [json.loads(line) for line in gateway.log.splitlines()]
+        (url,) = [line["address"] for line in lines if line["event"] == "metrics"]
+        response = httpx.get(f"{url}/metrics", trust_env=False)
         assert "gorgon_gateway:engines_ready 1.0" in response.text
-        assert httpx.get(f"http://127.0.0.1:{port}/info", trust_env=False).status_code == 404
+        assert httpx.get(f"{url}/info", trust_env=False).status_code == 404
         assert gateway.status("/metrics") == 404
         assert gateway.terminate() == 0
 

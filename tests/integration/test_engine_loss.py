@@ -38,7 +38,7 @@ def test_streams_go_on_when_an_engine_is_killed(tiny: Path) -> None:
     with (
         engine_service(model=tiny, num_slots=50, max_waiting=100, ready=False) as first,
         engine_service(model=tiny, num_slots=50, max_waiting=100, ready=False) as second,
-        gateway_service(engines=f"{first.url},{second.url}", ready=False) as gateway,
+        gateway_service(first, second, ready=False) as gateway,
     ):
         for service in (first, second, gateway):
             service.wait_until_ready()
@@ -71,7 +71,7 @@ def test_streams_go_on_when_an_engine_is_killed(tiny: Path) -> None:
 
 
 def test_with_no_engine_left_a_stream_ends_with_a_typed_error(tiny: Path) -> None:
-    with engine_service(model=tiny, ready=False) as engine, gateway_service(engines=engine.url) as gateway:
+    with engine_service(model=tiny, ready=False) as engine, gateway_service(engine) as gateway:
 
         async def orphaned() -> Generation:
             async with open_socket(gateway.url) as socket:
@@ -91,7 +91,7 @@ def test_with_no_engine_left_a_stream_ends_with_a_typed_error(tiny: Path) -> Non
 
 def test_an_engine_that_comes_back_is_used(tiny: Path) -> None:
     """On the same port, as a container that is restarted."""
-    with engine_service(model=tiny, ready=False) as engine, gateway_service(engines=engine.url) as gateway:
+    with engine_service(model=tiny, ready=False) as engine, gateway_service(engine) as gateway:
         engine.kill()
         with engine_service(model=tiny, port=engine.port):
             gateway.wait_until_ready()

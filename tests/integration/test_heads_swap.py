@@ -44,7 +44,7 @@ def test_a_new_latest_is_taken_up_while_streams_run(tiny: Path, tmp_path: Path, 
     publish(make_heads("1", seed=1), store)
     with (
         engine_service(model=tiny, store=store, heads_poll_seconds=0.1, num_slots=STREAMS) as engine,
-        gateway_service(engines=engine.url) as gateway,
+        gateway_service(engine) as gateway,
     ):
         assert engine.get("/info")["heads"]["current"] == "tiny@1"
         expected = asyncio.run(streams_while(gateway.url, lambda: None))

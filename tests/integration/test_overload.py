@@ -27,7 +27,7 @@ def test_two_hundred_clients_on_a_queue_of_fifty(tiny: Path) -> None:
 
     with (
         engine_service(model=tiny, num_slots=NUM_SLOTS, max_waiting=NUM_WAITING, ready=False) as engine,
-        gateway_service(engines=engine.url) as gateway,
+        gateway_service(engine) as gateway,
     ):
         answers = asyncio.run(all_at_once(gateway.url))
         info = engine.get("/info")

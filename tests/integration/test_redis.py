@@ -87,7 +87,7 @@ def test_limits_fall_back_to_the_gateways_own(tiny: Path, redis_service: RedisSe
     """As documented: while Redis is away each gateway counts for itself, from nothing; nobody is locked out."""
     with (
         engine_service(model=tiny, ready=False) as engine,
-        gateway_service(engines=engine.url, redis_url=redis_service.url, requests_per_minute=3) as gateway,
+        gateway_service(engine, redis_url=redis_service.url, requests_per_minute=3) as gateway,
     ):
         statuses = [ask(gateway)[0] for _ in range(4)]
         assert statuses == [200, 200, 200, 429]
@@ -105,8 +105,8 @@ def test_two_gateways_share_a_callers_limit(tiny: Path, redis_service: RedisServ
     limits: dict[str, Any] = {"redis_url": redis_service.url, "requests_per_minute": 4}
     with (
         engine_service(model=tiny, ready=False) as engine,
-        gateway_service(engines=engine.url, **limits, ready=False) as first,
-        gateway_service(engines=engine.url, **limits, ready=False) as second,
+        gateway_service(engine, **limits, ready=False) as first,
+        gateway_service(engine, **limits, ready=False) as second,
     ):
         for service in (first, second):
             service.wait_until_ready()

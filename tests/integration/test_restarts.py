@@ -36,10 +36,10 @@ def test_clients_go_on_behind_a_new_gateway(tiny: Path) -> None:
             gateway.kill()
             await streams
 
-        with gateway_service(engines=engine.url) as gateway:
+        with gateway_service(engine) as gateway:
             asyncio.run(broken(gateway))
         assert any(one.messages[-1]["type"] == "token" for one in begun)
-        with gateway_service(engines=engine.url) as gateway:
+        with gateway_service(engine) as gateway:
 
             async def go_on(payload: dict[str, Any], generation: Generation) -> Generation:
                 said = {"seed": generation.seed, "generated_token_ids": generation.token_ids}
@@ -71,7 +71,7 @@ async def streams_while(url: str, act: Any, *, num_streams: int = 4, **fields: A
 
 
 def test_a_draining_engine_finishes_what_runs(tiny: Path) -> None:
-    with engine_service(model=tiny, num_slots=4, ready=False) as engine, gateway_service(engines=engine.url) as gateway:
+    with engine_service(model=tiny, num_slots=4, ready=False) as engine, gateway_service(engine) as gateway:
         generations = asyncio.run(
             streams_while(gateway.url, lambda: engine.process.send_signal(signal.SIGTERM), max_tokens=1000)
         )
@@ -82,7 +82,7 @@ def test_a_draining_engine_finishes_what_runs(tiny: Path) -> None:
 
 
 def test_a_draining_gateway_finishes_what_runs(tiny: Path) -> None:
-    with engine_service(model=tiny, num_slots=4, ready=False) as engine, gateway_service(engines=engine.url) as gateway:
+    with engine_service(model=tiny, num_slots=4, ready=False) as engine, gateway_service(engine) as gateway:
         generations = asyncio.run(
             streams_while(gateway.url, lambda: gateway.process.send_signal(signal.SIGTERM), max_tokens=1000)
         )
@@ -97,7 +97,7 @@ def test_what_does_not_end_in_time_is_told(tiny: Path) -> None:
     """The engine's limit is reached and nobody can go on: a typed error, and the engine ends all the same."""
     with (
         engine_service(model=tiny, num_slots=4, drain_seconds=0.3, ready=False) as engine,
-        gateway_service(engines=engine.url) as gateway,
+        gateway_service(engine) as gateway,
     ):
         generations = asyncio.run(
             streams_while(gateway.url, lambda: engine.process.send_signal(signal.SIGTERM), max_tokens=8000)

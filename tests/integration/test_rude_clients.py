@@ -28,7 +28,7 @@ def engine(tiny: Path) -> Iterator[Service]:
 @pytest.fixture(scope="module")
 def gateway(engine: Service) -> Iterator[Service]:
     with gateway_service(
-        engines=engine.url, header_seconds=1.0, body_seconds=1.0, first_message_seconds=1.0, max_body_bytes=20_000
+        engine, header_seconds=1.0, body_seconds=1.0, first_message_seconds=1.0, max_body_bytes=20_000
     ) as gateway:
         yield gateway
 
@@ -110,7 +110,7 @@ def test_a_slow_reader_gets_all_of_it_and_holds_up_nobody(engine: Service, gatew
 
 def test_a_reader_that_stands_still_is_let_go(engine: Service, tiny: Path) -> None:
     with gateway_service(
-        engines=engine.url, slow_reader_seconds=0.5, max_buffered_messages=8, max_buffered_bytes=16_384
+        engine, slow_reader_seconds=0.5, max_buffered_messages=8, max_buffered_bytes=16_384
     ) as gateway:
 
         async def stand_still() -> Generation:

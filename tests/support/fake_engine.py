@@ -24,29 +24,20 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass, replace
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
-import orjson
 import uvloop
 from aiohttp import web
-from pydantic import BaseModel, ValidationError
 
-from gorgon_protocol.errors import (
-    AuthenticationError,
-    BadRequestError,
-    GorgonError,
-    QueueFullError,
-    TooLargeError,
-    UnavailableError,
-)
+from gorgon_protocol.errors import AuthenticationError, GorgonError, QueueFullError, TooLargeError, UnavailableError
 from gorgon_protocol.messages import EngineInfo, HeadsInfo, PlainSpeed
-from gorgon_protocol.requests import DetokenizeRequest, EngineRequest, ReloadHeadsRequest, TokenizeRequest
-from support.fake_answer import VOCAB_SIZE, FakeAnswer, prompt_tokens, text_tokens, token_text
+from gorgon_protocol.requests import EngineRequest
+from support import fake_routes
+from support.fake_answer import VOCAB_SIZE, FakeAnswer
+from support.fake_routes import encode, error_response, parse
 
 _MESSAGES_A_WRITE = 8  # where nothing paces the stream
 _HANG_SECONDS = 3600.0
-
-R = TypeVar("R", bound=BaseModel)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,12 +142,12 @@ class FakeEngine:
         app.add_routes(
             [
                 web.post("/generate", self._generate),
-                web.post("/tokenize", self._tokenize),
-                web.post("/detokenize", self._detokenize),
+                web.post("/tokenize", fake_routes.tokenize),
+                web.post("/detokenize", fake_routes.detokenize),
                 web.get("/info", self._info),
-                web.get("/heads", self._heads),
-                web.post("/heads/reload", self._reload_heads),
-                web.get("/live", self._live),
+                web.get("/heads", fake_routes.heads),
+                web.post("/heads/reload", fake_routes.reload_heads),
+                web.get("/live", fake_routes.live),
                 web.get("/ready", self._ready),
                 web.get("/metrics", self._metrics),
                 web.post("/_fault", self._set_faults),
@@ -190,9 +181,9 @@ class FakeEngine:
             self._authenticate(request)
             return await handler(request)
         except GorgonError as error:
-            return _error(error)
+            return error_response(error)
         except web.HTTPRequestEntityTooLarge as error:
-            return _error(TooLargeError(error.reason))
+            return error_response(TooLargeError(error.reason))
         finally:
             self._connections.discard(transport)
 
@@ -204,7 +195,7 @@ class FakeEngine:
             raise AuthenticationError("the engine's secret is missing or wrong")
 
     async def _generate(self, http: web.Request) -> web.StreamResponse:
-        request = await _parse(http, EngineRequest)
+        request = await parse(http, EngineRequest)
         self.requests.append(request)
         faults = self._take_faults()
         if faults.first_delay_seconds:
@@ -246,7 +237,7 @@ class FakeEngine:
                     if not await self._go_on(faults, num_sent, response, http):
                         return
                     lines = []
-                await response.write(b"".join([*lines, _encode(answer.finished())]))
+                await response.write(b"".join([*lines, encode(answer.finished())]))
                 await response.write_eof()
                 return
             await response.write(b"".join(lines))
@@ -259,7 +250,7 @@ class FakeEngine:
         if self._stamp:
             message["text"] = str(time.monotonic_ns())
             message["pieces"] = [message["text"], *([""] * (len(message["pieces"]) - 1))]
-        return _encode(message)
+        return encode(message)
 
     async def _go_on(self, faults: Faults, num_sent: int, response: web.StreamResponse, http: web.Request) -> bool:
         """Do what is due after so many messages; whether the stream goes on."""
@@ -282,7 +273,7 @@ class FakeEngine:
             await response.write(b'{"type": "tok\xff\n')
             return False
         if faults.error_after is not None and num_sent >= faults.error_after:
-            await response.write(_encode({"type": "error", "code": "internal", "message": "asked for by the test"}))
+            await response.write(encode({"type": "error", "code": "internal", "message": "asked for by the test"}))
             return False
         if faults.hang_after is not None and num_sent >= faults.hang_after:
             await asyncio.sleep(_HANG_SECONDS)
@@ -296,23 +287,6 @@ class FakeEngine:
             return Faults()
         self.faults = replace(faults, times=faults.times - 1)
         return faults
-
-    async def _tokenize(self, http: web.Request) -> web.Response:
-        request = await _parse(http, TokenizeRequest)
-        if request.text is not None:
-            ids = text_tokens(request.text)
-        else:
-            ids = prompt_tokens(EngineRequest(messages=request.messages, request_id="tokenize", seed=0))
-        return web.json_response(
-            {"token_ids": ids, "tokens": [token_text(token) for token in ids], "num_tokens": len(ids)}
-        )
-
-    async def _detokenize(self, http: web.Request) -> web.Response:
-        request = await _parse(http, DetokenizeRequest)
-        bad = next((token for token in request.token_ids if token >= VOCAB_SIZE), None)
-        if bad is not None:
-            raise BadRequestError(f"token {bad} is not in the vocabulary of {VOCAB_SIZE} tokens")
-        return web.json_response({"text": "".join(map(token_text, request.token_ids))})
 
     async def _info(self, http: web.Request) -> web.Response:
         info = EngineInfo(
@@ -335,16 +309,6 @@ class FakeEngine:
             kv_cache_usage=min(1.0, self.num_running / self._num_slots),
         )
         return web.Response(body=info.model_dump_json(), content_type="application/json")
-
-    async def _heads(self, http: web.Request) -> web.Response:
-        return web.Response(body=HeadsInfo(current=None).model_dump_json(), content_type="application/json")
-
-    async def _reload_heads(self, http: web.Request) -> web.Response:
-        await _parse(http, ReloadHeadsRequest)
-        return await self._heads(http)
-
-    async def _live(self, http: web.Request) -> web.Response:
-        return web.json_response({"state": "live"})
 
     async def _ready(self, http: web.Request) -> web.Response:
         if self.faults.loading:
@@ -370,24 +334,15 @@ class FakeEngine:
         )
 
 
-async def _parse(http: web.Request, kind: type[R]) -> R:
-    try:
-        return kind.model_validate_json(await http.read())
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise BadRequestError(f"{'.'.join(map(str, first['loc'])) or 'body'}: {first['msg']}") from error
+class ScriptedEngine(FakeEngine):
+    """Every generation that comes takes the next faults of the script; without any left nothing goes wrong."""
 
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.script: list[Faults] = []
 
-def _error(error: GorgonError) -> web.Response:
-    body = {"code": error.code, "message": str(error), "retry_after_seconds": error.retry_after_seconds}
-    headers = {}
-    if error.retry_after_seconds is not None:
-        headers["Retry-After"] = str(max(1, round(error.retry_after_seconds)))
-    return web.json_response({"error": body}, status=error.http_status, headers=headers)
-
-
-def _encode(message: dict[str, Any]) -> bytes:
-    return orjson.dumps(message, option=orjson.OPT_APPEND_NEWLINE)
+    def _take_faults(self) -> Faults:
+        return self.script.pop(0) if self.script else Faults()
 
 
 def main() -> None:
@@ -403,7 +358,7 @@ def main() -> None:
     parser.add_argument("--faults", type=json.loads, default={}, help="fields of Faults as JSON")
     arguments = vars(parser.parse_args())
     engine = FakeEngine(**arguments | {"faults": Faults(**arguments["faults"])})
-    print(engine.url, flush=True)
+    print(f"listening at {engine.url}", flush=True)
     engine.run()
 
 

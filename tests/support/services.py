@@ -1,9 +1,14 @@
 """The services as processes of their own, started as they are deployed: `python -m gorgon_engine`, settings by
-environment."""
+environment.
+
+Each chooses a free port by itself and names it in its log, so that nobody else can be there in between. Whoever waits
+for one that has died fails with its log, also where it is the gateway that is waited for and the engine that has died.
+"""
 
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -23,11 +28,12 @@ import psutil
 START_SECONDS = 120.0
 STOP_SECONDS = 30.0
 _POLL_SECONDS = 0.05
+_LISTEN_POLL_SECONDS = 0.01
 _TESTS = Path(__file__).parents[1]
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Service:
     """A running process that listens at `url`; its log is a file."""
 
@@ -36,6 +42,8 @@ class Service:
     process: subprocess.Popen[bytes]
     log_file: Path
     ready_path: str
+    engines: tuple["Service", ...] = ()  # that a gateway cannot do without
+    is_ended: bool = False  # by the test, which knows
 
     @property
     def port(self) -> int:
@@ -76,84 +84,85 @@ class Service:
     def wait_until_ready(self, seconds: float = START_SECONDS) -> None:
         end = time.monotonic() + seconds
         while True:
-            assert self.process.poll() is None, f"{self.name} ended with {self.process.returncode}:\n{self.log}"
+            for service in (self, *self.engines):
+                service.check()
             with contextlib.suppress(OSError):
                 if self.status(self.ready_path) == 200:
                     return
-            assert time.monotonic() < end, f"{self.name} was not ready in {seconds:.0f} s:\n{self.log}"
+            logs = "\n".join(f"{service.name}:\n{service.log}" for service in (self, *self.engines))
+            assert time.monotonic() < end, f"{self.name} was not ready in {seconds:.0f} s:\n{logs}"
             time.sleep(_POLL_SECONDS)
+
+    def check(self) -> None:
+        """Fails with the log of a process that has ended, unless the test has ended it."""
+        assert self.is_ended or self.process.poll() is None, (
+            f"{self.name} ended with {self.process.returncode}:\n{self.log}"
+        )
 
     def kill(self) -> None:
         """As the machine's out-of-memory killer does it."""
+        self.is_ended = True
         self.process.kill()
         self.process.wait()
 
     def terminate(self) -> int:
         """SIGTERM; the exit status."""
+        self.is_ended = True
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(STOP_SECONDS)
 
 
-def free_port() -> int:
-    """One that nobody listens on; somebody may before you do."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
-
-
 @contextmanager
-def engine_service(*, ready: bool = True, port: int | None = None, **settings: object) -> Iterator[Service]:
-    """`python -m gorgon_engine` with settings by their names in lower case: `model=...`, `num_slots=4`."""
-    with _service("gorgon_engine", "GORGON_ENGINE_", "/ready", settings, ready=ready, port=port) as service:
-        yield service
+def engine_service(*, ready: bool = True, port: int = 0, **settings: object) -> Iterator[Service]:
+    """`python -m gorgon_engine` with settings by their names in lower case: `model=...`, `num_slots=4`.
 
-
-@contextmanager
-def gateway_service(
-    *, ready: bool = True, port: int | None = None, core: int | None = None, **settings: object
-) -> Iterator[Service]:
-    """`python -m gorgon_gateway`; `core`: the only one that it may run on."""
-    with _service(
-        "gorgon_gateway", "GORGON_GATEWAY_", "/health/ready", settings, ready=ready, port=port, core=core
-    ) as service:
-        yield service
-
-
-@contextmanager
-def fake_engine_process(*, core: int | None = None, **arguments: object) -> Iterator[Service]:
-    """The engine without a model, in a process: `step_seconds=0.02` is its `--step-seconds 0.02`."""
-    port = free_port()
-    options = [f"--{name.replace('_', '-')}={value}" for name, value in arguments.items() if value is not True]
-    options += [f"--{name.replace('_', '-')}" for name, value in arguments.items() if value is True]
-    command = ["-m", "support.fake_engine", f"--port={port}", *options]
-    with _process("fake engine", port, "/ready", command, {"PYTHONPATH": str(_TESTS)}, core) as service:
-        service.wait_until_ready()
-        yield service
-
-
-@contextmanager
-def _service(
-    module: str,
-    prefix: str,
-    ready_path: str,
-    settings: Mapping[str, object],
-    *,
-    ready: bool,
-    port: int | None,
-    core: int | None = None,
-) -> Iterator[Service]:
-    port = port or free_port()
-    given = {"port": port, **settings}
-    environment = {prefix + name.upper(): str(value) for name, value in given.items() if value is not None}
-    with _process(module, port, ready_path, ["-m", module], environment, core) as service:
+    ready: wait until it is; else it listens, and whoever waits for it next finds out.
+    """
+    environment = _environment("GORGON_ENGINE_", {"port": port, **settings})
+    with _process("gorgon_engine", "/ready", ["-m", "gorgon_engine"], environment) as service:
         if ready:
             service.wait_until_ready()
         yield service
 
 
 @contextmanager
-def _process(
-    name: str, port: int, ready_path: str, command: list[str], environment: Mapping[str, str], core: int | None
+def gateway_service(
+    *engines: Service, ready: bool = True, core: int | None = None, **settings: object
 ) -> Iterator[Service]:
+    """`python -m gorgon_gateway` in front of engines; others than processes by `engines=url`.
+
+    core: the only one that it may run on.
+    """
+    if engines:
+        settings = {"engines": ",".join(engine.url for engine in engines), **settings}
+    environment = _environment("GORGON_GATEWAY_", {"port": 0, **settings})
+    with _process("gorgon_gateway", "/health/ready", ["-m", "gorgon_gateway"], environment, core) as service:
+        service.engines = engines
+        if ready:
+            service.wait_until_ready()
+        yield service
+
+
+@contextmanager
+def fake_engine_process(*, core: int | None = None, **arguments: object) -> Iterator[Service]:
+    """The engine without a model, in a process: `step_seconds=0.02` is its `--step-seconds 0.02`."""
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in arguments.items() if value is not True]
+    options += [f"--{name.replace('_', '-')}" for name, value in arguments.items() if value is True]
+    command = ["-m", "support.fake_engine", *options]
+    with _process("fake engine", "/ready", command, {"PYTHONPATH": str(_TESTS)}, core) as service:
+        service.wait_until_ready()
+        yield service
+
+
+def _environment(prefix: str, settings: Mapping[str, object]) -> dict[str, str]:
+    return {prefix + name.upper(): str(value) for name, value in settings.items() if value is not None}
+
+
+@contextmanager
+def _process(
+    name: str, ready_path: str, command: list[str], environment: Mapping[str, str], core: int | None = None
+) -> Iterator[Service]:
+    """One that listens."""
     pinned = [] if core is None else ["taskset", "--cpu-list", str(core)]
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("GORGON_") or "CACHE" in key}
     with tempfile.NamedTemporaryFile(prefix=f"{name.replace(' ', '-')}-", suffix=".log") as log:
@@ -164,46 +173,65 @@ def _process(
             stdout=log,
             stderr=subprocess.STDOUT,
         )
+        service = Service(name, "", process, Path(log.name), ready_path)
         try:
-            yield Service(name, f"http://127.0.0.1:{port}", process, Path(log.name), ready_path)
+            service.url = _listening(service)
+            yield service
         finally:
             process.kill()  # an orderly end is for those who ask for it
             process.wait()
 
 
+def _listening(service: Service) -> str:
+    """Where a process says that it listens."""
+    end = time.monotonic() + START_SECONDS
+    while True:
+        for line in service.log.splitlines():
+            if "listening" in line and (address := re.search(r"http://[^\s\"]+:(\d+)", line)):
+                return f"http://127.0.0.1:{address[1]}"
+        service.check()
+        assert time.monotonic() < end, f"{service.name} did not listen:\n{service.log}"
+        time.sleep(_LISTEN_POLL_SECONDS)
+
+
 @contextmanager
-def redis_server(port: int | None = None) -> Iterator["RedisServer"]:
-    server = RedisServer(port or free_port())
-    server.start()
-    try:
-        yield server
-    finally:
-        server.stop()
+def redis_server(*, password: str | None = None) -> Iterator["RedisServer"]:
+    with tempfile.NamedTemporaryFile(prefix="redis-", suffix=".log") as log:
+        server = RedisServer(Path(log.name), password)
+        server.start()
+        try:
+            yield server
+        finally:
+            server.stop()
 
 
 class RedisServer:
-    """A real redis-server that keeps nothing on disk."""
+    """A real redis-server that keeps nothing on disk, at the same port whenever it is started again."""
 
-    def __init__(self, port: int) -> None:
-        self.port = port
-        self.url = f"redis://127.0.0.1:{port}/0"
+    def __init__(self, log_file: Path, password: str | None = None) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            self.port = int(listener.getsockname()[1])
+        self.url = f"redis://127.0.0.1:{self.port}/0"
+        self._log_file = log_file
+        self._password = password
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        self._process = subprocess.Popen(
-            ["redis-server", "--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-        )
+        secret = [] if self._password is None else ["--requirepass", self._password]
+        options = ["--bind", "127.0.0.1", "--save", "", "--appendonly", "no", *secret]
+        with self._log_file.open("wb") as log:
+            self._process = subprocess.Popen(
+                ["redis-server", "--port", str(self.port), *options],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
         end = time.monotonic() + 20.0
-        while True:
-            assert self._process.poll() is None, "redis-server did not start"
-            try:
-                socket.create_connection(("127.0.0.1", self.port), timeout=1.0).close()
-                return
-            except OSError:
-                assert time.monotonic() < end, "redis-server did not listen"
-                time.sleep(_POLL_SECONDS)
+        # Its own word for it: somebody else may listen at the port by now.
+        while "Ready to accept connections" not in (said := self._log_file.read_text(errors="replace")):
+            assert self._process.poll() is None, f"redis-server did not start:\n{said}"
+            assert time.monotonic() < end, f"redis-server did not listen:\n{said}"
+            time.sleep(_LISTEN_POLL_SECONDS)
 
     def stop(self) -> None:
         """At once, as a machine that fails. Harmless when it is down."""

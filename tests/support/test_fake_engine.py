@@ -128,7 +128,7 @@ def test_as_a_process(tmp_path: Path) -> None:
     )
     with process:
         assert process.stdout is not None
-        url = process.stdout.readline().strip()
+        url = process.stdout.readline().strip().removeprefix("listening at ")
         with urllib.request.urlopen(f"{url}/info", timeout=20) as response:
             assert EngineInfo.model_validate_json(response.read()).num_slots == 3
         request = urllib.request.Request(f"{url}/_fault", b'{"error_after": 0}')

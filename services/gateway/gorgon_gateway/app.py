@@ -4,7 +4,6 @@ import os
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from http import HTTPStatus
-from pathlib import Path
 from typing import Any, Final
 
 from fastapi import FastAPI, Request
@@ -15,20 +14,19 @@ from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
-from starlette.responses import FileResponse, Response
+from starlette.responses import Response
 from starlette.routing import WebSocketRoute
-from starlette.staticfiles import StaticFiles
 
 from gorgon_gateway import openai, rest
 from gorgon_gateway.gateway import Gateway
 from gorgon_gateway.guard import Guard
 from gorgon_gateway.observability.middleware import RequestMiddleware, record_of
+from gorgon_gateway.page import page_routes
 from gorgon_gateway.responses import CLIENT_GONE, error_fields, error_headers, json_response
 from gorgon_gateway.settings import GatewaySettings
 from gorgon_protocol.errors import BadRequestError, GorgonError, NotFoundError
 from gorgon_protocol.requests import DetokenizeRequest, GenerateRequest, TokenizeRequest
 
-_STATIC: Final = Path(__file__).parent / "static"
 _DESCRIPTION: Final = """Lossless tree-speculative inference.
 
 Streams with the tree of every step: WebSocket `/generate_stream`, one `GenerateRequest` a generation."""
@@ -75,11 +73,7 @@ def _add_routes(app: FastAPI, gateway: Gateway) -> None:
     app.include_router(rest.make_router(gateway))
     app.include_router(openai.make_router(gateway.relay, gateway.engines, gateway.settings))
     app.router.routes.append(WebSocketRoute("/generate_stream", gateway.stream))
-    app.mount("/static", StaticFiles(directory=_STATIC))
-
-    @app.get("/", include_in_schema=False)
-    async def page() -> Response:
-        return FileResponse(_STATIC / "index.html", headers={"Cache-Control": "no-cache"})
+    app.router.routes.extend(page_routes(gateway.settings.web_root))
 
 
 def _add_middleware(app: FastAPI, gateway: Gateway) -> None:

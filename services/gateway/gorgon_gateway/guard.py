@@ -20,6 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gorgon_gateway.callers import Authenticator
 from gorgon_gateway.observability.middleware import record_of
+from gorgon_gateway.page import ASSETS
 from gorgon_gateway.responses import error_headers
 from gorgon_gateway.settings import GatewaySettings
 from gorgon_protocol.errors import (
@@ -34,7 +35,7 @@ from gorgon_protocol.errors import (
 SUBPROTOCOL: Final = "gorgon"
 _KEY_SUBPROTOCOL: Final = "key."
 _PUBLIC: Final = frozenset({"/", "/favicon.ico", "/health/live", "/health/ready"})
-_PUBLIC_FOLDER: Final = "/static/"
+_PUBLIC_FOLDER: Final = f"{ASSETS}/"
 _LOCAL_NAMES: Final = frozenset({"localhost", "127.0.0.1", "::1"})
 _HEADERS: Final = [
     (b"x-content-type-options", b"nosniff"),
@@ -45,7 +46,8 @@ _HEADERS: Final = [
     (b"permissions-policy", b"camera=(), geolocation=(), microphone=(), payment=(), usb=()"),
     (
         b"content-security-policy",
-        b"default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; font-src 'self'; "
+        # blob: for the picture that a tree is saved as.
+        b"default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; font-src 'self'; "
         b"connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     ),
 ]

@@ -41,6 +41,8 @@ class GatewaySettings(BaseSettings):
         default=None, ge=0, le=65_535, description="`/metrics` there alone; unset: on the main port, for this machine"
     )
 
+    web_root: Path | None = Field(default=None, description="folder with the built page; unset: the gateway's own")
+
     engines: Words = Field(default=("http://127.0.0.1:8101",), description="engine URLs; with Redis only those given")
     redis_url: str | None = Field(default=None, description="redis:// URL: engine directory and rate limits")
     redis_password_file: Path | None = Field(default=None, description="file with the password of Redis")

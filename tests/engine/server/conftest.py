@@ -71,7 +71,9 @@ class MakeHeads(Protocol):
 
 
 class Serve(Protocol):
-    def __call__(self, load: Load = ..., *, secret: bytes | None = None, **settings: Any) -> Any: ...
+    def __call__(
+        self, load: Load = ..., *, secret: bytes | None = None, redis_password: str | None = None, **settings: Any
+    ) -> Any: ...
 
 
 @pytest.fixture(scope="session")
@@ -116,9 +118,11 @@ def serve(tiny_model: Path) -> Serve:
     """Serve the tiny model, or what `load` gives: `with serve(num_slots=2) as running: ...`."""
 
     @contextmanager
-    def start(load: Load = load_engine, *, secret: bytes | None = None, **settings: Any) -> Iterator[Running]:
+    def start(
+        load: Load = load_engine, *, secret: bytes | None = None, redis_password: str | None = None, **settings: Any
+    ) -> Iterator[Running]:
         given = {"model": str(tiny_model), "dtype": "float32", "port": 0, "threads": 1, "context": 512, **settings}
-        with _served(EngineSettings(**given), load, secret) as running:
+        with _served(EngineSettings(**given), load, secret, redis_password) as running:
             yield running
 
     return start
@@ -133,7 +137,9 @@ def running(serve: Serve) -> Iterator[Running]:
 
 
 @contextmanager
-def _served(settings: EngineSettings, load: Load, secret: bytes | None) -> Iterator[Running]:
+def _served(
+    settings: EngineSettings, load: Load, secret: bytes | None, redis_password: str | None
+) -> Iterator[Running]:
     listener = bind(settings)
     # So little that a reader that stands still is felt after some dozen messages.
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
@@ -143,7 +149,7 @@ def _served(settings: EngineSettings, load: Load, secret: bytes | None) -> Itera
     begun, stop = threading.Event(), asyncio.Event()
 
     async def live() -> None:
-        service = EngineService(settings, load=load)
+        service = EngineService(settings, load=load, redis_password=redis_password)
         server = make_server(service, secret=secret)
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         service.start(port)

@@ -259,6 +259,20 @@ def test_a_failed_load_says_why(serve: Any) -> None:
         assert "fetch it" in error(running.client.post("/generate", json=BODY), 503, "unavailable")
 
 
+def test_why_a_load_failed_is_told_to_those_with_the_secret_alone(serve: Any) -> None:
+    def load(settings: EngineSettings, progress: LoadProgress) -> Engine:
+        raise ModelNotFoundError("/home/me/models: no such model")
+
+    with serve(load, secret=b"open-sesame") as running:
+        running.wait_for(lambda: running.service.has_failed.is_set())
+        assert running.client.get("/ready").json()["message"] == "/home/me/models: no such model"
+        for headers in ({}, {"Authorization": "Bearer wrong"}):
+            response = httpx.get(f"{running.url}/ready", headers=headers, trust_env=False)
+            assert response.status_code == 503
+            assert (response.json()["state"], response.json()["message"]) == ("failed", None)
+            assert "/home/me" not in response.text
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [

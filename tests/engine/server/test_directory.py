@@ -124,3 +124,20 @@ def test_a_cancellation_is_heeded_whenever_it_comes(
             assert task.cancelled()
 
     asyncio.run(run())
+
+
+def test_a_redis_with_a_password_is_used_with_that_of_the_file(serve: Any, tmp_path: Path, make_heads: Any) -> None:
+    store = tmp_path / "store"
+    publish(make_heads("1"), store)
+    with redis_server(password="hush") as server:
+        settings = {"redis_url": server.url, "heartbeat_seconds": 0.1, "store": str(store), "heads_poll_seconds": 3600}
+        with (
+            Redis.from_url(server.url, password="hush", decode_responses=True) as redis,
+            serve(redis_password="hush", **settings) as running,
+        ):
+            running.wait_until_ready()
+            running.wait_for(lambda: [e.get("state") for e in entries(redis)] == ["ready"])
+            running.wait_for(lambda: redis.pubsub_numsub("gorgon:heads")[0][1] == 1)
+            publish(make_heads("2", seed=2), store)
+            redis.publish("gorgon:heads", "look")
+            running.wait_for(lambda: running.info()["heads"]["current"] == "tiny@2")

@@ -136,12 +136,13 @@ async def client(generations: Generations, engine: Engine, number: int, plan: Pl
     except GorgonError as error:
         return error
     messages: list[Message] = []
-    async for lines in generation.lines():
+    while lines := await generation.take_lines():
         messages += [MESSAGE.validate_json(line) for line in lines.splitlines()]
         if len(messages) >= plan.after_messages:
             act(generations, generation, plan)
         for _ in range(plan.pause):
             await asyncio.sleep(0)
+    generations.reader_left(generation)
     return messages
 
 
@@ -239,6 +240,112 @@ def test_an_engine_that_breaks_ends_everybody(parts: LoadedParts) -> None:
             assert not isinstance(messages, GorgonError)
             assert isinstance(messages[-1], ErrorMessage)
             assert messages[-1].code == "unavailable"
+
+    asyncio.run(scenario())
+
+
+def failures(counts: EngineMetrics) -> list[str]:
+    """The lines of the metric that counts them."""
+    return [line for line in counts.render().decode().splitlines() if line.startswith("gorgon:request_failure_total{")]
+
+
+async def submit(generations: Generations, engine: Engine) -> Generation:
+    wire = EngineRequest(prompt="the cat", request_id="r", seed=1, max_tokens=5, ignore_eos=True)
+    return await generations.submit(wire, to_engine_request(engine, wire))
+
+
+def test_a_submission_that_is_given_up_keeps_nobody_waiting(parts: LoadedParts) -> None:
+    """Its task is cancelled while the engine may have it already."""
+
+    async def scenario() -> None:
+        engine, counts, listener, goes_on = make_engine(parts, frozenset()), metrics(), Listener(), threading.Event()
+        worker = EngineWorker(lambda progress: engine, listener)
+        listener.generations = generations = Generations(
+            engine, worker, metrics=counts, max_messages=2, heads=lambda: None
+        )
+
+        def hold(_: Engine) -> None:
+            goes_on.wait(60.0)
+
+        worker.send(hold)
+        worker.start()
+        async with asyncio.timeout(60.0):
+            submission = asyncio.create_task(submit(generations, engine))
+            await asyncio.sleep(0)
+            assert generations.num_open == 1
+            submission.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await submission
+            assert (generations.num_open, generations.is_idle.is_set()) == (0, True)
+            goes_on.set()
+            while await worker.call(lambda e: e.has_work):  # it was submitted, and is cancelled
+                await asyncio.sleep(0.001)
+        worker.stop()
+        assert await asyncio.to_thread(worker.join, 60.0)
+        assert failures(counts) == ['gorgon:request_failure_total{code="internal"} 1.0']
+
+    asyncio.run(scenario())
+
+
+def test_what_an_engine_that_breaks_has_not_heard_of_is_told_and_counted_once(parts: LoadedParts) -> None:
+    """Both its end and the lost submission would say so."""
+
+    async def scenario() -> None:
+        engine, counts, listener, goes_on = make_engine(parts, frozenset()), metrics(), Listener(), threading.Event()
+
+        def breaking() -> Any:
+            goes_on.wait(60.0)
+            raise RuntimeError("lost")
+
+        engine.step = breaking  # type: ignore[method-assign]
+        worker = EngineWorker(lambda progress: engine, listener)
+        listener.generations = generations = Generations(
+            engine, worker, metrics=counts, max_messages=2, heads=lambda: None
+        )
+        worker.start()
+        async with asyncio.timeout(60.0):
+            first = await submit(generations, engine)
+            late = asyncio.create_task(submit(generations, engine))
+            await asyncio.sleep(0)
+            assert generations.num_open == 2
+            goes_on.set()
+            for generation in (first, await late):
+                end = MESSAGE.validate_json(await generation.take_lines())
+                assert isinstance(end, ErrorMessage)
+                assert end.code == "unavailable"
+                assert await generation.take_lines() == b""
+                generations.reader_left(generation)
+            assert generations.is_idle.is_set()
+        assert failures(counts) == ['gorgon:request_failure_total{code="unavailable"} 2.0']
+
+    asyncio.run(scenario())
+
+
+def test_a_second_reader_goes_on_where_the_first_stopped(parts: LoadedParts) -> None:
+    """As the one that gets the rest when the first was too slow: each line once."""
+
+    async def scenario() -> None:
+        engine, listener = make_engine(parts, frozenset()), Listener()
+        worker = EngineWorker(lambda progress: engine, listener)
+        listener.generations = generations = Generations(
+            engine, worker, metrics=metrics(), max_messages=2, heads=lambda: None
+        )
+        worker.start()
+        async with asyncio.timeout(60.0):
+            generation = await submit(generations, engine)
+            reader = asyncio.create_task(generation.take_lines())
+            await asyncio.sleep(0)
+            reader.cancel()
+            lines = b"".join(
+                [part for part in await asyncio.gather(reader, return_exceptions=True) if type(part) is bytes]
+            )
+            while more := await generation.take_lines():
+                lines += more
+        worker.stop()
+        assert await asyncio.to_thread(worker.join, 60.0)
+        messages = [MESSAGE.validate_json(line) for line in lines.splitlines()]
+        assert sum(len(m.token_ids) for m in messages if isinstance(m, TokenMessage)) == 5
+        assert [m.type for m in messages].count("finished") == 1
 
     asyncio.run(scenario())
 

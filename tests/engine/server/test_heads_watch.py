@@ -246,6 +246,24 @@ def test_a_store_that_vanishes_changes_nothing_until_it_is_back(following: Any, 
     assert heads(following).num_swaps == 1, "the same latest: nothing to take up"
 
 
+def test_a_refusal_is_still_told_when_a_store_has_vanished_and_come_back(
+    following: Any, store: Path, make_heads: Any
+) -> None:
+    place = Path(publish(make_heads("1"), store, move_latest=False))
+    damage_weights(place)
+    (place.parent / "latest").write_text("tiny@1\n")
+    following.wait_for(lambda: heads(following).refused == "tiny@1")
+    reason = heads(following).last_error
+    away = store.with_name("away")
+    store.rename(away)
+    following.wait_for(lambda: heads(following).last_error != reason)
+    assert heads(following).refused == "tiny@1"
+    away.rename(store)
+    following.wait_for(lambda: heads(following).last_error == reason)
+    assert heads(following).refused == "tiny@1"
+    assert metric(following, 'heads_swaps_total{result="refused"}') == 2, "the heads, and the store that was away"
+
+
 def test_the_same_words_written_again_are_looked_at_again(following: Any, store: Path, make_heads: Any) -> None:
     """A version that was copied in halves is mended by publishing it again."""
     made = make_heads("1")

@@ -1,5 +1,6 @@
 """Readers that leave, stand still or come in crowds: the slot is freed, nothing is lost, each stream has one end."""
 
+import asyncio
 import json
 import socket
 import threading
@@ -158,8 +159,7 @@ def test_a_slow_reader_loses_nothing(serve: Any) -> None:
             quick, whole = read(connection)
         assert whole
         with post(running, body, receive_bytes=4096) as connection:
-            generations = running.service._generations
-            running.wait_for(lambda: generations.num_open == 0)  # the model has not waited for the reader
+            running.wait_for(lambda: has_finished(running, times=2))  # the model has not waited for the reader
             slow, whole = read(connection)
         assert whole
         assert ids(slow) == ids(quick)
@@ -178,8 +178,8 @@ def test_a_slow_reader_loses_nothing(serve: Any) -> None:
         assert float(merged) > 0
 
 
-def has_finished(running: Any) -> bool:
-    return 'request_success_total{finished_reason="length"} 1.0' in running.client.get("/metrics").text
+def has_finished(running: Any, *, times: int = 1) -> bool:
+    return f'request_success_total{{finished_reason="length"}} {times}.0' in running.client.get("/metrics").text
 
 
 def has_stood_still(running: Any) -> bool:
@@ -247,6 +247,113 @@ def test_a_crowd_is_served_up_to_the_queue_and_the_rest_is_sent_away(serve: Any)
             messages = [MESSAGE.validate_json(line) for line in response.text.splitlines()]
             assert len(ids(messages)) == 5
             assert isinstance(messages[-1], FinishedMessage)
+
+
+def test_prompts_beyond_the_queue_are_sent_away_before_they_cost_anything(serve: Any) -> None:
+    """Those that are still made ready count as well."""
+    goes_on, asked = threading.Event(), []
+
+    def load(settings: EngineSettings, progress: LoadProgress) -> Engine:
+        engine = load_engine(settings, progress)
+        request = engine.request
+
+        def slowly(*arguments: Any, **options: Any) -> Any:
+            asked.append(options)
+            assert goes_on.wait(60.0)
+            return request(*arguments, **options)
+
+        engine.request = slowly  # type: ignore[method-assign]
+        return engine
+
+    with serve(load, num_slots=1, max_waiting=2) as running, ThreadPoolExecutor(3) as pool:
+        running.wait_until_ready()
+        body = ENDLESS | {"max_tokens": 3}
+
+        def ask() -> httpx.Response:
+            return httpx.post(f"{running.url}/generate", json=body, timeout=60.0, trust_env=False)
+
+        try:
+            served = [pool.submit(ask) for _ in range(3)]
+            running.wait_for(lambda: running.on_loop(lambda: running.service._generations._num_prepared) == 3)
+            refused = [running.client.post("/generate", json=body) for _ in range(5)]
+        finally:
+            goes_on.set()
+        for response in refused:
+            assert response.status_code == 429
+            assert response.json()["error"]["code"] == "queue_full"
+        assert all(answer.result().status_code == 200 for answer in served)
+        assert len(asked) == 3
+        assert running.client.post("/generate", json=body).status_code == 200, "their places are free again"
+
+
+def test_texts_to_tokenise_are_bounded_as_well(serve: Any) -> None:
+    goes_on = threading.Event()
+    with serve(num_slots=1, max_waiting=1) as running, ThreadPoolExecutor(16) as pool:
+        running.wait_until_ready()
+        service = running.service
+        try:
+            for _ in range(2):  # both threads are busy
+                running.loop.call_soon_threadsafe(service._prompts.submit, goes_on.wait, 60.0)
+            answers = [
+                pool.submit(httpx.post, f"{running.url}/tokenize", json={"text": "a"}, timeout=60.0, trust_env=False)
+                for _ in range(16)
+            ]
+            running.wait_for(lambda: running.on_loop(lambda: service._num_prompts) == 16)
+            response = running.client.post("/tokenize", json={"text": "a"})
+            assert response.status_code == 429
+            assert response.json()["error"]["code"] == "queue_full"
+        finally:
+            goes_on.set()
+        assert all(answer.result().status_code == 200 for answer in answers)
+        assert running.client.post("/tokenize", json={"text": "a"}).status_code == 200
+
+
+def test_draining_waits_for_those_who_read(serve: Any) -> None:
+    """What has finished is not all read: a process that ended now would take the last lines along."""
+    with serve() as running:
+        running.wait_until_ready()
+        body = ENDLESS | {"max_tokens": 400, "tree_debug": True, "logprobs": 20}
+        with post(running, body, receive_bytes=4096) as connection:
+            running.wait_for(lambda: has_finished(running))
+            draining = asyncio.run_coroutine_threadsafe(running.service.drain(), running.loop)
+            running.wait_for(lambda: running.client.get("/ready").json()["state"] == "draining")
+            for _ in range(10):
+                running.on_loop(lambda: None)
+            assert not draining.done()
+            messages, whole = read(connection)
+        draining.result(60.0)
+        assert whole
+        assert len(ids(messages)) == 400
+        assert isinstance(messages[-1], FinishedMessage)
+
+
+def test_what_is_read_when_draining_ends_is_with_the_system(serve: Any) -> None:
+    """Which delivers it, also when the process has ended."""
+    with serve() as running:
+        running.wait_until_ready()
+        with post(
+            running, ENDLESS | {"max_tokens": 400, "tree_debug": True, "logprobs": 20}, receive_bytes=4096
+        ) as connection:
+            running.wait_for(lambda: has_finished(running))
+            draining = asyncio.run_coroutine_threadsafe(running.service.drain(), running.loop)
+
+            def buffered() -> int:
+                """Bytes that this process still holds for any reader, where it has stopped to wait for them."""
+                held = [c.transport.get_write_buffer_size() for c in running.server.server_state.connections]
+                return max(held, default=0) if draining.done() else -1
+
+            while (left := running.on_loop(buffered)) < 0:
+                assert connection.recv(1024)
+            assert left <= len(b"0\r\n\r\n"), "the end of the response alone"
+
+
+def test_draining_waits_for_no_reader_longer_than_it_may(serve: Any) -> None:
+    with serve(drain_seconds=0.2) as running:
+        running.wait_until_ready()
+        body = ENDLESS | {"max_tokens": 400, "tree_debug": True, "logprobs": 20}
+        with post(running, body, receive_bytes=4096):
+            running.wait_for(lambda: has_finished(running))
+            asyncio.run_coroutine_threadsafe(running.service.drain(), running.loop).result(60.0)
 
 
 def test_waiting_has_a_deadline(serve: Any) -> None:

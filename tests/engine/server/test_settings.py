@@ -34,6 +34,7 @@ def test_values_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> No
         "DRAIN_SECONDS": "0",
         "STORE": "/heads",
         "REDIS_URL": "rediss://user:pass@redis:6380/1",
+        "REDIS_PASSWORD_FILE": "/run/secrets/redis",
         "LOG_FORMAT": "",  # as an unset variable of a compose file arrives
     }.items():
         monkeypatch.setenv(f"GORGON_ENGINE_{name}", value)
@@ -42,6 +43,7 @@ def test_values_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> No
     assert settings.drain_seconds == 0.0
     assert settings.store == "/heads"
     assert settings.log_format == "json"
+    assert settings.redis_password_file == Path("/run/secrets/redis")
     assert settings.url(9000) == "http://[::1]:9000"
 
 
@@ -65,6 +67,7 @@ def test_values_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> No
         ({"REDIS_URL": "unix://"}, ["GORGON_ENGINE_REDIS_URL", "redis://"]),
         ({"ADVERTISE_URL": "engine:8101"}, ["GORGON_ENGINE_ADVERTISE_URL", "http://"]),
         ({"REDIS_URL": "redis://redis", "HOST": "0.0.0.0"}, ["GORGON_ENGINE_ADVERTISE_URL", "0.0.0.0"]),
+        ({"REDIS_PASSWORD_FILE": "/x"}, ["GORGON_ENGINE_REDIS_PASSWORD_FILE", "GORGON_ENGINE_REDIS_URL"]),
         ({"ENGINE_ID": "a b"}, ["GORGON_ENGINE_ENGINE_ID"]),
     ],
 )
@@ -83,7 +86,9 @@ def test_what_cannot_be_is_one_line_that_names_it(
 def test_a_secret_is_read_without_its_newline(tmp_path: Path) -> None:
     file = tmp_path / "secret"
     file.write_bytes(b"s3cret-of-the-house\n")
-    assert EngineSettings(secret_file=file).read_secret() == b"s3cret-of-the-house"
+    settings = EngineSettings(secret_file=file, redis_url="redis://redis", redis_password_file=file)
+    assert settings.read_secret() == b"s3cret-of-the-house"
+    assert settings.read_redis_password() == "s3cret-of-the-house"
 
 
 @pytest.mark.parametrize("content", [b"", b"\n", b"two words", b"two\nlines", b"\xc3\xa9", b"x" * 5000, None])
@@ -91,6 +96,8 @@ def test_a_bad_secret_is_refused(content: bytes | None, tmp_path: Path) -> None:
     file = tmp_path / "secret"
     if content is not None:
         file.write_bytes(content)
-    with pytest.raises(BadRequestError, match="GORGON_ENGINE_SECRET_FILE") as raised:
-        EngineSettings(secret_file=file).read_secret()
-    assert "\n" not in str(raised.value)
+    settings = EngineSettings(secret_file=file, redis_url="redis://redis", redis_password_file=file)
+    for read, name in [(settings.read_secret, "SECRET_FILE"), (settings.read_redis_password, "REDIS_PASSWORD_FILE")]:
+        with pytest.raises(BadRequestError, match=f"GORGON_ENGINE_{name}") as raised:
+            read()
+        assert "\n" not in str(raised.value)

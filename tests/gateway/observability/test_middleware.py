@@ -28,10 +28,9 @@ def access_log(entries: list[MutableMapping[str, Any]]) -> list[tuple[str, str, 
         ("GET", "/", "/", 200),
         ("GET", "/v1/models", "/v1/models", 200),
         ("GET", "/generate", "/generate", 405),
-        ("GET", "/static/index.html", "/static", 200),
-        ("GET", "/static/none.js", "/static", 404),
+        ("GET", "/assets/none.js", "/assets", 404),
         ("GET", "/nothing/here", "other", 404),
-        ("GET", "/generate_stream", "other", 404),
+        ("GET", "/generate_stream", "/generate_stream", 426),
     ],
 )
 def test_a_request_is_named_by_the_route_that_served_it(method: str, path: str, route: str, status: int) -> None:

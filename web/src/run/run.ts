@@ -9,10 +9,12 @@ import type {
   TreeDebug,
   Wire,
 } from "../wire/messages";
+import { countDrafted, type Drafted } from "./drafted";
 
 /** Trees of older steps are let go: memory stays flat however long a stream runs. Tokens and figures stay. */
 export const MAX_TREES = 1024;
 
+/** "finished" without a `Run.finished`: a run that was exported before its end. */
 export type Phase = "connecting" | StatusMessage["state"] | "streaming" | "reconnecting" | "finished" | "failed";
 
 export interface Token {
@@ -42,12 +44,19 @@ export interface Step {
   numAccepted: number;
   /** Rows verified, root included: 1 = plain decoding, 0 = the token that prefill gave. */
   numNodes: number;
+  /**
+   * Verification steps of the engine that came in this message: 1, 0 where it is prefill's token alone, more where a
+   * slow reader got several as one. Tokens, accepted and nodes are their sums, `seconds` and `tree` are the last one's.
+   */
+  numPasses: number;
   tokensPerSecond: number | null;
   speedup: number | null;
   plainTokensPerSecond: number | null;
   seconds: StepSeconds | null;
   /** null: it drafted nothing, trees were not asked for, or it is more than `MAX_TREES` steps old. */
   tree: TreeDebug | null;
+  /** What `tree` had drafted, which stays when it is let go. */
+  drafted: Drafted | null;
 }
 
 export interface Run {
@@ -82,8 +91,12 @@ export function startRun(request: GenerateRequest, startedAt: string, model: str
   };
 }
 
-/** Take in one message that came `at` milliseconds after the request was sent. Changes `run`. */
+/**
+ * Take in one message that came `at` milliseconds after the request was sent. Changes `run`; nothing comes behind a
+ * terminal message, so nothing is taken in there.
+ */
 export function record(run: Run, message: Wire["received"], at: number): void {
+  if (hasEnded(run)) return;
   switch (message.type) {
     case "status":
       run.status = message;
@@ -91,8 +104,8 @@ export function record(run: Run, message: Wire["received"], at: number): void {
       run.seed = message.seed ?? run.seed;
       return;
     case "token":
-      run.phase = "streaming";
       recordStep(run, message, at);
+      run.phase = "streaming";
       return;
     case "finished":
       run.finished = message;
@@ -111,34 +124,48 @@ export function record(run: Run, message: Wire["received"], at: number): void {
 type TokenMessage = Extract<Wire["received"], { type: "token" }>;
 
 function recordStep(run: Run, message: TokenMessage, at: number): void {
-  const tree = message.tree_debug;
+  // The gateway leaves fields out that have nothing to say.
+  const tree = message.tree_debug ?? null;
   const hasTree = tree !== null && tree.candidates.length > 0;
-  const drafts = hasTree ? acceptedPath(tree) : [];
+  // The first tokens, and the first ones of another engine, come from a prefill, which verifies nothing.
+  const numPrefills = run.phase === "streaming" ? 0 : 1;
   const step = run.steps.length;
   run.steps.push({
     at,
     firstToken: run.tokens.length,
     numTokens: message.token_ids.length,
     numAccepted: message.num_accepted,
-    numNodes: message.num_nodes,
+    numNodes: Math.max(0, message.num_nodes - numPrefills),
+    numPasses: numPasses(message, numPrefills),
     tokensPerSecond: tree?.tokens_per_second ?? null,
     speedup: tree?.speedup ?? null,
     plainTokensPerSecond: tree?.plain_tokens_per_second ?? null,
     seconds: tree?.step_seconds ?? null,
     tree: hasTree ? tree : null,
+    drafted: hasTree ? countDrafted(tree) : null,
   });
+  const drafts = hasTree ? draftsOf(tree, message.token_ids) : [];
   message.token_ids.forEach((id, i) => {
-    // A slow reader gets several steps merged into one message, of which only the last one's tree came along.
-    const node = message.num_accepted === drafts.length && i < drafts.length ? drafts[i] : undefined;
-    run.tokens.push({
-      id,
-      text: message.pieces[i] ?? "",
-      step,
-      draft: tree === null || node === undefined ? null : draftOf(tree, node),
-    });
+    run.tokens.push({ id, text: message.pieces[i] ?? "", step, draft: drafts[i] ?? null });
   });
   const forgotten = run.steps[step - MAX_TREES];
   if (forgotten !== undefined) forgotten.tree = null;
+}
+
+/** Each pass gives one token besides its accepted drafts, unless the answer's end cuts it off. */
+function numPasses(message: TokenMessage, numPrefills: number): number {
+  const numTokens = message.token_ids.length - numPrefills;
+  return numTokens <= 0 ? 0 : Math.max(1, numTokens - message.num_accepted);
+}
+
+/** Which of the tokens the tree had drafted. In a merged message it is the last step's: its tokens stand at the end. */
+function draftsOf(tree: TreeDebug, tokenIds: readonly number[]): (Draft | null)[] {
+  const path = acceptedPath(tree);
+  const first = Math.max(0, tokenIds.length - path.length - 1);
+  return tokenIds.map((id, i) => {
+    const node = path[i - first];
+    return node !== undefined && tree.token_ids[node] === id ? draftOf(tree, node) : null;
+  });
 }
 
 /** The accepted nodes of a tree, root's child first: indices into its lists. */

@@ -1,7 +1,7 @@
 // A run that grows outside React: messages change it at any rate, listeners hear of it once an animation frame.
 
 import type { Wire } from "../wire/messages";
-import { type Phase, type Run, record } from "./run";
+import { hasEnded, type Phase, type Run, record } from "./run";
 
 export type Schedule = (flush: () => void) => void;
 
@@ -35,7 +35,9 @@ export class RunStore {
     this.#later();
   }
 
+  /** What the page itself knows: connecting, reconnecting. A run that has ended stays so. */
   setPhase(phase: Phase): void {
+    if (hasEnded(this.run)) return;
     this.run.phase = phase;
     this.#later();
   }

@@ -3,7 +3,9 @@
 export interface Wire {
   sent: GenerateRequest | CancelRequest;
   received: StatusMessage | TokenMessage | FinishedMessage | ErrorMessage;
-  info: EngineInfo;
+  info: GatewayInfo;
+  health: Health;
+  refused: ErrorAnswer;
 }
 /**
  * A generation: the payload of WebSocket `/generate_stream` and of `POST /generate`.
@@ -319,6 +321,18 @@ export interface ErrorMessage {
   request_id: string | null;
 }
 /**
+ * What is served. Engines are as they described themselves last.
+ */
+export interface GatewayInfo {
+  version: string;
+  models: string[];
+  engines: EngineInfo[];
+  /**
+   * generations of this gateway
+   */
+  num_running: number;
+}
+/**
  * `GET /info`.
  */
 export interface EngineInfo {
@@ -380,4 +394,23 @@ export interface PlainSpeed {
    * of each stream
    */
   tokens_per_second: number;
+}
+export interface Health {
+  state: "live" | "ready" | "loading" | "draining" | "unavailable";
+  /**
+   * loading: share done
+   */
+  progress?: number | null;
+  /**
+   * loading: of what
+   */
+  stage?: string | null;
+}
+export interface ErrorAnswer {
+  error: ErrorFields;
+}
+export interface ErrorFields {
+  code: string;
+  message: string;
+  retry_after_seconds: number | null;
 }

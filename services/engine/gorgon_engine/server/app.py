@@ -27,7 +27,7 @@ from gorgon_protocol.errors import AuthenticationError, GorgonError, HeadsError,
 from gorgon_protocol.messages import Detokenized, Tokenized
 from gorgon_protocol.requests import DetokenizeRequest, EngineRequest, ReloadHeadsRequest, TokenizeRequest
 
-_OPEN_ROUTES = frozenset({"/live", "/ready"})  # for probes, which have no secret; they tell nothing worth one
+_OPEN_ROUTES = frozenset({"/live", "/ready"})  # for probes, which have no secret; strangers learn nothing worth one
 
 
 def create_app(service: EngineService, *, secret: bytes | None) -> Starlette:
@@ -98,7 +98,7 @@ class _Routes:
     async def live(self, _: Request) -> Response:
         return json_response({"live": True})
 
-    async def ready(self, _: Request) -> Response:
+    async def ready(self, request: Request) -> Response:
         service = self._service
         if service.state == "ready":
             return json_response({"state": "ready", "stage": None, "progress": 1.0})
@@ -107,7 +107,7 @@ class _Routes:
             "state": service.state,
             "stage": service.stage.stage if loading else None,
             "progress": service.stage.progress if loading else None,
-            "message": service.failure,
+            "message": service.failure if request.state.is_known else None,  # it may name files of this machine
         }
         return json_response(content, status=503, headers={"Retry-After": "1"})
 
@@ -142,17 +142,24 @@ class _Routes:
 
 
 class _Authentication:
-    """Every route but the open ones, those that do not exist included."""
+    """Every route but the open ones, those that do not exist included. `request.state.is_known`: the secret was sent,
+    or there is none."""
 
     def __init__(self, app: ASGIApp, *, secret: bytes | None) -> None:
         self._app = app
         self._expected = None if secret is None else b"Bearer " + secret
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and self._expected is not None and scope["path"] not in _OPEN_ROUTES:
-            given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
-            if not hmac.compare_digest(given, self._expected):
-                error = AuthenticationError("this engine wants its secret: send it as `Authorization: Bearer SECRET`")
-                await gorgon_error_response(error)(scope, receive, send)
-                return
+        is_known = scope["type"] != "http" or self._is_known(scope)
+        if not is_known and scope["path"] not in _OPEN_ROUTES:
+            error = AuthenticationError("this engine wants its secret: send it as `Authorization: Bearer SECRET`")
+            await gorgon_error_response(error)(scope, receive, send)
+            return
+        scope.setdefault("state", {})["is_known"] = is_known
         await self._app(scope, receive, send)
+
+    def _is_known(self, scope: Scope) -> bool:
+        if self._expected is None:
+            return True
+        given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
+        return hmac.compare_digest(given, self._expected)

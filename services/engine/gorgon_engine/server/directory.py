@@ -34,10 +34,17 @@ class EngineDirectory:
     """One engine's entry in the directory, written again and again, with an expiry."""
 
     def __init__(
-        self, url: str, engine_id: str, *, heartbeat_seconds: float, describe: Callable[[], dict[str, Any]]
+        self,
+        url: str,
+        engine_id: str,
+        *,
+        heartbeat_seconds: float,
+        describe: Callable[[], dict[str, Any]],
+        password: str | None = None,
     ) -> None:
-        """describe: the entry as it is now."""
+        """describe: the entry as it is now. password: instead of one in the URL."""
         self._url = url
+        self._password = password
         self._key = ENGINE_KEY.format(engine_id=engine_id)
         self._heartbeat_seconds = heartbeat_seconds
         self._describe = describe
@@ -51,7 +58,7 @@ class EngineDirectory:
     async def run(self) -> None:
         """Write the entry until cancelled."""
         pause = _FIRST_PAUSE
-        async with _client(self._url) as redis:
+        async with _client(self._url, self._password) as redis:
             while True:
                 wait = self._heartbeat_seconds
                 self._changed.clear()
@@ -71,7 +78,7 @@ class EngineDirectory:
     async def remove(self) -> None:
         """Take the entry out. Never raises: without Redis it expires."""
         with suppress(*_LOST):
-            async with asyncio.timeout(_TIMEOUT_SECONDS), _client(self._url) as redis:
+            async with asyncio.timeout(_TIMEOUT_SECONDS), _client(self._url, self._password) as redis:
                 await redis.delete(self._key)
 
     async def _write(self, redis: Redis) -> None:
@@ -90,12 +97,16 @@ class EngineDirectory:
             logger().warning("directory_lost", key=self._key, reason=str(error) or type(error).__name__)
 
 
-async def listen_for_heads(url: str, notify: Callable[[], None]) -> None:
-    """Call `notify` for every announcement until cancelled. Whatever an announcement says is only a hint to look."""
+async def listen_for_heads(url: str, notify: Callable[[], None], *, password: str | None = None) -> None:
+    """Call `notify` for every announcement until cancelled. Whatever an announcement says is only a hint to look.
+
+    password: instead of one in the URL.
+    """
     pause = _FIRST_PAUSE
     while True:
         try:
-            async with _client(url, health_check_interval=_PING_SECONDS) as redis, redis.pubsub() as channel:
+            client = _client(url, password, health_check_interval=_PING_SECONDS)
+            async with client as redis, redis.pubsub() as channel:
                 await channel.subscribe(HEADS_CHANNEL)
                 heed_cancellation()
                 pause = _FIRST_PAUSE
@@ -112,7 +123,9 @@ async def listen_for_heads(url: str, notify: Callable[[], None]) -> None:
 
 
 @asynccontextmanager
-async def _client(url: str, **options: Any) -> AsyncIterator[Redis]:
+async def _client(url: str, password: str | None, **options: Any) -> AsyncIterator[Redis]:
+    if password is not None:
+        options["password"] = password
     redis = Redis.from_url(
         url,
         socket_timeout=_TIMEOUT_SECONDS,

@@ -1,7 +1,7 @@
 """One request as the event loop sees it, from its submission to its terminal message."""
 
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from gorgon_engine.server.conversion import (
@@ -12,13 +12,13 @@ from gorgon_engine.server.conversion import (
     finished_message,
     terminal_line,
 )
-from gorgon_engine.server.stream import MessageStream
+from gorgon_engine.server.stream import MessageStream, Terminal
 from gorgon_protocol.errors import GorgonError
 from gorgon_protocol.messages import ErrorMessage, FinishedMessage
 from gorgon_protocol.requests import EngineRequest
 
 if TYPE_CHECKING:
-    from gorgon_engine.events import FailedEvent, FinishedEvent, StatusEvent, TokenEvent
+    from gorgon_engine.events import FinishedEvent, StatusEvent, TokenEvent
 
 PlainSpeed = Callable[[int], float | None]  # batch size -> tokens a second of each stream, decoded plainly
 
@@ -44,7 +44,6 @@ class Generation:
         self.arrived_at = time.perf_counter()
         self.first_token_at: float | None = None
         self.last_token_at: float | None = None
-        self.reader_left = False
         self._writer = writer
         self._plain_speed = plain_speed
         self._num_decoded = 0  # tokens behind the first message
@@ -77,22 +76,16 @@ class Generation:
         """As `finish`."""
         return self.stream.end(error_message(error, request_id=self.request_id))
 
-    def fail_with(self, event: "FailedEvent") -> bool:
-        return self.fail(event.error)
+    async def take_lines(self) -> bytes:
+        """Whole lines, at least one, and several where they have gathered; nothing behind the terminal one."""
+        return b"".join([self._line(entry) for entry in await self.stream.take()])
 
-    async def lines(self) -> AsyncIterator[bytes]:
-        """Whole lines, several at a time where they have gathered; ends behind the terminal one."""
-        writer = self._writer
-        while entries := await self.stream.take():
-            lines = []
-            for entry in entries:
-                if isinstance(entry, TokenChunk):
-                    lines.append(writer.tokens(entry))
-                elif isinstance(entry, FinishedMessage | ErrorMessage):
-                    lines.append(terminal_line(entry))
-                else:
-                    lines.append(writer.status(entry, request_id=self.request_id, seed=self.seed))
-            yield lines[0] if len(lines) == 1 else b"".join(lines)
+    def _line(self, entry: "TokenChunk | StatusEvent | Terminal") -> bytes:
+        if isinstance(entry, TokenChunk):
+            return self._writer.tokens(entry)
+        if isinstance(entry, FinishedMessage | ErrorMessage):
+            return terminal_line(entry)
+        return self._writer.status(entry, request_id=self.request_id, seed=self.seed)
 
     def _speed(self, event: "TokenEvent", at: float, seconds: float) -> Speed:
         plain = self._plain_speed(event.batch_size)

@@ -2,14 +2,15 @@
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from gorgon_engine.server.conversion import LineWriter, TokenTexts
 from gorgon_engine.server.generation import Generation
 from gorgon_engine.server.logs import logger
 from gorgon_engine.server.metrics import EngineMetrics, StepTally
-from gorgon_protocol.errors import GorgonError
+from gorgon_protocol.errors import GorgonError, QueueFullError
 from gorgon_protocol.messages import FinishedMessage
 from gorgon_protocol.requests import EngineRequest
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Generations:
-    """Belongs to the event loop. `is_idle` is set while nothing is open."""
+    """Belongs to the event loop. `is_idle` is set while nothing is open and nobody reads what has ended."""
 
     def __init__(
         self,
@@ -43,13 +44,33 @@ class Generations:
         self._engine = engine
         self._plain_speeds: dict[int, float | None] = {}
         self._open: dict[str, Generation] = {}
+        self._read: set[Generation] = set()  # whose reader has not left
+        self._max_open = engine.config.num_slots + engine.config.max_waiting
+        self._num_prepared = 0
 
     @property
     def num_open(self) -> int:
         return len(self._open)
 
+    @contextmanager
+    def place(self) -> Iterator[None]:
+        """Around making a request ready, which is work: where the queue is full it is not begun.
+
+        What is made ready counts with what is open. Raises `QueueFullError`.
+        """
+        if len(self._open) + self._num_prepared >= self._max_open:
+            raise QueueFullError(f"{self._max_open} requests run or wait already, which is the most: try again later")
+        self._num_prepared += 1
+        try:
+            yield
+        finally:
+            self._num_prepared -= 1
+
     async def submit(self, wire: EngineRequest, request: "Request") -> Generation:
-        """Raises `QueueFullError`, and whatever else the engine refuses a request with."""
+        """A generation, which is open until it has ended, and read until `reader_left`.
+
+        Raises `QueueFullError`, and whatever else the engine refuses a request with.
+        """
         generation = Generation(
             request.id,
             wire,
@@ -59,14 +80,20 @@ class Generations:
         )
         # Before the engine has it: its first event may be here before the answer to this call.
         self._open[request.id] = generation
+        self._read.add(generation)
         self.is_idle.clear()
         try:
             await self._worker.call(lambda engine: engine.submit(request))
         except GorgonError:
+            if generation.has_ended:  # cut meanwhile, which is counted: its reader is told by its one message
+                return generation
+            self._read.discard(generation)
             self._close(generation)
             raise
         except BaseException:  # given up while the engine may have it already
+            self._read.discard(generation)
             self.cut(generation, GorgonError("the request was given up"))
+            self._tell_idle()
             raise
         return generation
 
@@ -85,7 +112,9 @@ class Generations:
         self._metrics.add(tally)
 
     def reader_left(self, generation: Generation) -> None:
-        """Nobody reads any more: the slot is free by the next step."""
+        """All is read, or nobody reads any more: then the slot is free by the next step."""
+        self._read.discard(generation)
+        self._tell_idle()
         if not generation.has_ended:
             self._cancel(generation)
 
@@ -163,7 +192,10 @@ class Generations:
 
     def _close(self, generation: Generation) -> None:
         self._open.pop(generation.engine_id, None)
-        if not self._open:
+        self._tell_idle()
+
+    def _tell_idle(self) -> None:
+        if not self._open and not self._read:
             self.is_idle.set()
 
 

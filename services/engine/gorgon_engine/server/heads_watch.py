@@ -152,6 +152,12 @@ class StoreHeads:
         return None
 
 
+@dataclass(frozen=True, slots=True)
+class _Refusal:
+    version: str  # name@version
+    reason: str
+
+
 class HeadsKeeper:
     """The heads of one running engine. Belongs to the event loop."""
 
@@ -173,12 +179,22 @@ class HeadsKeeper:
         self._wake = asyncio.Event()
         self._seen: Hashable = None
         self._taken: str | None = None  # of the source; heads that came otherwise may bear the same name
+        self._source_error: str | None = None  # why the source cannot be looked at now
+        self._refusal: _Refusal | None = None
         self._info = HeadsInfo(current=None)
         self._describe(swapped=False)
 
     @property
     def info(self) -> HeadsInfo:
-        return self._info
+        """`last_error`: of the source, while it cannot be looked at; else why `refused` was refused."""
+        refusal = self._refusal
+        reason = None if refusal is None else refusal.reason
+        return self._info.model_copy(
+            update={
+                "last_error": self._source_error or reason,
+                "refused": None if refusal is None else refusal.version,
+            }
+        )
 
     @property
     def current(self) -> str | None:
@@ -206,13 +222,12 @@ class HeadsKeeper:
             except Exception as error:
                 self._refuse(None, error)
                 return
-            if self._info.refused is None and self._info.last_error is not None:
-                self._info = self._info.model_copy(update={"last_error": None})  # the store can be read again
+            self._source_error = None
             if sight.version is None or sight.stamp == self._seen:
                 return
             self._seen = sight.stamp
             if sight.version == self._taken:
-                self._info = self._info.model_copy(update={"last_error": None, "refused": None})
+                self._refusal = None
                 return
             try:
                 await self._take_up(sight.version)
@@ -235,12 +250,13 @@ class HeadsKeeper:
             except Exception as error:
                 self._refuse(version, error)
                 raise error if isinstance(error, GorgonError) else HeadsError(_one_line(error)) from error
-            return self._info
+            return self.info
 
     async def _take_up(self, version: str | None) -> None:
         engine, source = self._engine, self._source
         prepared = await self._run_blocking(lambda: engine.prepare_heads(source.folder(version)))
         await self._worker.call(lambda driven: driven.use_heads(prepared))
+        self._source_error = self._refusal = None
         self._describe(swapped=True)
         self._taken = version
         self._metrics.swap(taken=True)
@@ -261,13 +277,18 @@ class HeadsKeeper:
         )
 
     def _refuse(self, version: str | None, error: Exception) -> None:
-        message = _one_line(error)
-        if (self._info.last_error, self._info.refused) == (message, version):
-            return  # said already
-        self._info = self._info.model_copy(update={"last_error": message, "refused": version})
+        """Of heads; of the source itself where no version is known. Each reason is said once."""
+        reason = _one_line(error)
+        if version is None:
+            is_new, self._source_error = self._source_error != reason, reason
+        else:
+            refusal = _Refusal(version, reason)
+            is_new, self._refusal = self._refusal != refusal, refusal
+        if not is_new:
+            return
         self._metrics.swap(taken=False)
         unexpected = None if isinstance(error, GorgonError) else error
-        logger().warning("heads_refused", heads=version, kept=self.current, reason=message, exc_info=unexpected)
+        logger().warning("heads_refused", heads=version, kept=self.current, reason=reason, exc_info=unexpected)
 
 
 def _one_line(error: Exception) -> str:

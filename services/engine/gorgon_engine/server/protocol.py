@@ -1,6 +1,8 @@
 """uvicorn's HTTP protocol with what it lacks: an end to silent connections, and a way to drop one."""
 
 import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from starlette.types import Scope
@@ -50,5 +52,23 @@ def http_protocol(header_seconds: float) -> type[HttpToolsProtocol]:
 
 def abort_connection(scope: Scope) -> None:
     """Drop the connection of a request together with what was not read of it."""
+    _transport(scope).abort()
+
+
+@contextmanager
+def unbuffered(scope: Scope) -> Iterator[None]:
+    """Within the block a write waits until the system has taken everything that was written before."""
+    transport = _transport(scope)
+    if not transport.is_closing():
+        transport.set_write_buffer_limits(0)
+    try:
+        yield
+    finally:
+        if not transport.is_closing():
+            transport.set_write_buffer_limits()
+
+
+def _transport(scope: Scope) -> asyncio.Transport:
     extension: dict[str, Any] = scope["extensions"][_EXTENSION]
-    extension["transport"].abort()
+    transport: asyncio.Transport = extension["transport"]
+    return transport

@@ -7,7 +7,7 @@ from starlette.types import Receive, Scope, Send
 
 from gorgon_engine.server.generation import Generation
 from gorgon_engine.server.logs import logger
-from gorgon_engine.server.protocol import abort_connection
+from gorgon_engine.server.protocol import abort_connection, unbuffered
 from gorgon_engine.server.service import EngineService
 from gorgon_protocol.errors import GorgonError, SlowReaderError
 
@@ -31,7 +31,7 @@ class MessagesResponse(Response):
         watcher.add_done_callback(lambda _: service.reader_left(generation))
         try:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            if not (await self._send_lines(send) and await self._send_end(send)):
+            if not (await self._send_lines(send) and await self._send_end(scope, send)):
                 logger().warning("reader_cut_off", request_id=generation.request_id, client=generation.client or None)
                 abort_connection(scope)
                 await watcher
@@ -42,7 +42,7 @@ class MessagesResponse(Response):
         """Whether all of them could be sent."""
         limit = self._service.settings.slow_reader_seconds
         try:
-            async for lines in self._generation.lines():
+            while lines := await self._generation.take_lines():
                 try:
                     async with asyncio.timeout(limit):
                         await send({"type": "http.response.body", "body": lines, "more_body": True})
@@ -64,7 +64,7 @@ class MessagesResponse(Response):
             f"the stream was not read for {limit:g} seconds: read faster, or ask without tree_debug"
         )
         self._service.cut(self._generation, error)
-        async for lines in self._generation.lines():
+        while lines := await self._generation.take_lines():
             unsent += lines
         try:
             async with asyncio.timeout(limit):
@@ -73,11 +73,13 @@ class MessagesResponse(Response):
             return False
         return True
 
-    async def _send_end(self, send: Send) -> bool:
-        """As `_send_lines`: behind a long last message the reader may stand still as well."""
+    async def _send_end(self, scope: Scope, send: Send) -> bool:
+        """As `_send_lines`: behind a long last message the reader may stand still as well. Returns when nothing is
+        left in this process, which may end then."""
         try:
-            async with asyncio.timeout(self._service.settings.slow_reader_seconds):
-                await send({"type": "http.response.body", "body": b"", "more_body": False})
+            with unbuffered(scope):
+                async with asyncio.timeout(self._service.settings.slow_reader_seconds):
+                    await send({"type": "http.response.body", "body": b"", "more_body": False})
         except TimeoutError:
             return False
         return True

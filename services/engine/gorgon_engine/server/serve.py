@@ -19,7 +19,7 @@ from gorgon_engine.server.service import EngineService
 from gorgon_engine.server.settings import PREFIX, EngineSettings
 from gorgon_protocol.errors import BadRequestError, GorgonError
 
-_FLUSH_SECONDS = 2  # for the last lines to leave, once nothing is generated any more
+_FLUSH_SECONDS = 2  # for the last lines of what was cut off to leave; whatever finished is read by then
 _STEP_SECONDS = 5.0  # for the step in flight to end
 _SEND_BUFFER_BYTES = 256 * 1024  # in the kernel: a reader that stands still is noticed before megabytes lie there
 
@@ -28,13 +28,13 @@ def main() -> None:
     """Run an engine by the settings of the environment, and exit the process."""
     try:
         settings = EngineSettings.from_environment()
-        secret = settings.read_secret()
+        secret, redis_password = settings.read_secret(), settings.read_redis_password()
         listener = bind(settings)
     except GorgonError as error:
         sys.exit(f"gorgon engine: {error}")
     configure_logs(form=settings.log_format, level=settings.log_level)
     with listener, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        status, has_ended = runner.run(serve(settings, listener, secret=secret))
+        status, has_ended = runner.run(serve(settings, listener, secret=secret, redis_password=redis_password))
     if not has_ended:
         # The model's thread is inside of native code, which nobody can end: the interpreter would wait or crash.
         sys.stderr.flush()
@@ -42,13 +42,15 @@ def main() -> None:
     sys.exit(status)
 
 
-async def serve(settings: EngineSettings, listener: socket.socket, *, secret: bytes | None) -> tuple[int, bool]:
+async def serve(
+    settings: EngineSettings, listener: socket.socket, *, secret: bytes | None, redis_password: str | None
+) -> tuple[int, bool]:
     """Serve until told to stop, or until the engine fails.
 
     Returns the exit status, and whether the model's thread has ended.
     """
     port = listener.getsockname()[1]
-    service = EngineService(settings)
+    service = EngineService(settings, redis_password=redis_password)
     server = make_server(service, secret=secret)
     stop = _Stop(asyncio.get_running_loop())
     serving = asyncio.create_task(server.serve(sockets=[listener]))

@@ -23,7 +23,7 @@ from gorgon_engine.server.logs import logger
 from gorgon_engine.server.metrics import EngineMetrics
 from gorgon_engine.server.settings import EngineSettings
 from gorgon_engine.server.worker import EngineWorker, LoadProgress, StepReport
-from gorgon_protocol.errors import GorgonError, NotFoundError, UnavailableError
+from gorgon_protocol.errors import GorgonError, NotFoundError, QueueFullError, UnavailableError
 from gorgon_protocol.messages import EngineInfo, HeadsInfo, PlainSpeed
 from gorgon_protocol.requests import EngineRequest
 
@@ -36,6 +36,7 @@ State = Literal["loading", "ready", "draining", "failed"]
 
 _FIRST_LOOK_SECONDS = 30.0  # at a store; then the engine is ready before it ends
 _RETRY_LOADING_SECONDS = 2.0
+_MIN_PROMPTS = 16  # that may wait to be tokenised, however few requests may wait
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,11 @@ class EngineService:
     """One engine as the routes see it. Belongs to one event loop."""
 
     def __init__(
-        self, settings: EngineSettings, *, load: "Callable[[EngineSettings, LoadProgress], Engine]" = load_engine
+        self,
+        settings: EngineSettings,
+        *,
+        load: "Callable[[EngineSettings, LoadProgress], Engine]" = load_engine,
+        redis_password: str | None = None,
     ) -> None:
         """load: makes the engine, on the model's thread. Nothing happens before `start`."""
         self.settings = settings
@@ -70,12 +75,15 @@ class EngineService:
         self._generations: Generations | None = None
         self._keeper: HeadsKeeper | None = None
         self._directory: EngineDirectory | None = None
+        self._redis_password = redis_password
         self._url = ""
         self._backbone = ""
         self._num_running = self._num_waiting = 0
         self._kv_cache_usage = 0.0
         # Tokenising a long prompt and checking heads take longer than the loop may stand still.
         self._prompts = ThreadPoolExecutor(max_workers=2, thread_name_prefix="prompts")
+        self._num_prompts = 0  # there and waiting for it
+        self._max_prompts = max(settings.num_slots + settings.max_waiting, _MIN_PROMPTS)
         self._files = ThreadPoolExecutor(max_workers=1, thread_name_prefix="heads")
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -88,13 +96,14 @@ class EngineService:
             self._directory = EngineDirectory(
                 settings.redis_url,
                 settings.engine_id,
+                password=self._redis_password,
                 heartbeat_seconds=settings.heartbeat_seconds,
                 describe=self._entry,
             )
             self._spawn(self._directory.run())
 
     async def drain(self) -> None:
-        """Refuse new requests and let the running ones finish, for as long as the settings allow."""
+        """Refuse new requests and let the running ones finish and be read, for as long as the settings allow."""
         if self.state == "failed":
             return
         self._set_state("draining")
@@ -142,18 +151,19 @@ class EngineService:
             self._check_open()
             if wire.model not in (None, self.model, self.settings.model):
                 raise NotFoundError(f"model {wire.model!r} is not served here: this engine serves {self.model}")
-            engine = self.engine
-            request = await self.in_thread(lambda: to_engine_request(engine, wire))
+            engine, generations = self.engine, self._generations
+            assert generations is not None, "it is ready"
+            with generations.place():
+                request = await self.in_thread(lambda: to_engine_request(engine, wire))
             self._check_open()  # told to stop meanwhile
-            assert self._generations is not None
-            return await self._generations.submit(wire, request)
+            return await generations.submit(wire, request)
         except GorgonError as error:
             self.metrics.refused(error.code)
             logger().info("refused", request_id=wire.request_id, outcome=error.code, reason=str(error))
             raise
 
     def reader_left(self, generation: Generation) -> None:
-        """Nobody reads any more."""
+        """Nobody reads any more, or all is read."""
         assert self._generations is not None
         self._generations.reader_left(generation)
 
@@ -169,8 +179,14 @@ class EngineService:
         return await self._keeper.reload(version)
 
     async def in_thread(self, function: Callable[[], T]) -> T:
-        """Run what takes its time beside the loop."""
-        return await asyncio.get_running_loop().run_in_executor(self._prompts, function)
+        """Run what takes its time beside the loop. Raises `QueueFullError` where too much waits for that already."""
+        if self._num_prompts >= self._max_prompts:
+            raise QueueFullError(f"{self._num_prompts} texts wait to be tokenised, which is the most: try again later")
+        self._num_prompts += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._prompts, function)
+        finally:
+            self._num_prompts -= 1
 
     def info(self) -> EngineInfo:
         engine, settings = self._engine, self.settings
@@ -254,7 +270,7 @@ class EngineService:
         self._set_state("ready")
         self._spawn(self._keeper.watch(self.settings.heads_poll_seconds))
         if self.settings.redis_url is not None:
-            self._spawn(listen_for_heads(self.settings.redis_url, self._keeper.notify))
+            self._spawn(listen_for_heads(self.settings.redis_url, self._keeper.notify, password=self._redis_password))
 
     async def _look_for_heads(self, keeper: HeadsKeeper) -> None:
         self.loading("looking for heads", 0.9)

@@ -4,7 +4,7 @@ import os
 import re
 import secrets
 import socket
-from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
@@ -66,6 +66,7 @@ class EngineSettings(BaseSettings):
     )
 
     redis_url: str | None = Field(default=None, description="redis:// URL of the engine directory; none: no directory")
+    redis_password_file: Path | None = Field(default=None, description="file with the password of Redis")
     advertise_url: str | None = Field(default=None, description="where the gateway finds this engine")
     engine_id: Identifier = Field(default_factory=lambda: f"{_host_name()}-{secrets.token_hex(4)}")
     heartbeat_seconds: Seconds = Field(default=2.0, description="a missed third one takes the engine out")
@@ -74,9 +75,9 @@ class EngineSettings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     @classmethod
-    def from_environment(cls, environment: Mapping[str, str] | None = None) -> Self:
-        """Raises `BadRequestError` in one line that names the variable. environment: `os.environ`, for its names."""
-        names = [n for n in environment or os.environ if n.upper().startswith(PREFIX)]
+    def from_environment(cls) -> Self:
+        """Raises `BadRequestError` in one line that names the variable."""
+        names = [n for n in os.environ if n.upper().startswith(PREFIX)]
         known = {PREFIX + name.upper() for name in cls.model_fields}
         unknown = sorted(n for n in names if n.upper() not in known)
         if unknown:
@@ -100,19 +101,12 @@ class EngineSettings(BaseSettings):
 
     def read_secret(self) -> bytes | None:
         """The secret of the file, without white space around it. Raises `BadRequestError`."""
-        if self.secret_file is None:
-            return None
-        name = f"{PREFIX}SECRET_FILE"
-        try:
-            with self.secret_file.open("rb") as file:
-                content = file.read(_MAX_SECRET_BYTES + 1).strip()
-        except OSError as error:
-            raise BadRequestError(f"{name}: {self.secret_file}: cannot be read: {error.strerror}") from None
-        if not content or len(content) > _MAX_SECRET_BYTES or not re.fullmatch(rb"[\x21-\x7e]+", content):
-            raise BadRequestError(
-                f"{name}: {self.secret_file}: must hold one line of 1 to {_MAX_SECRET_BYTES} printable characters"
-            )
-        return content
+        return _read_secret("SECRET_FILE", self.secret_file)
+
+    def read_redis_password(self) -> str | None:
+        """As `read_secret`."""
+        password = _read_secret("REDIS_PASSWORD_FILE", self.redis_password_file)
+        return None if password is None else password.decode("ascii")
 
     @field_validator("advertise_url", "redis_url")
     @classmethod
@@ -137,11 +131,28 @@ class EngineSettings(BaseSettings):
             raise ValueError(
                 f"{PREFIX}DRAFTER {self.drafter} leaves the heads of {PREFIX}STORE unused: unset one of the two"
             )
+        if self.redis_password_file is not None and self.redis_url is None:
+            raise ValueError(f"{PREFIX}REDIS_PASSWORD_FILE needs {PREFIX}REDIS_URL")
         if self.redis_url is not None and self.advertise_url is None and self.host in _ANY_ADDRESS:
             raise ValueError(
                 f"{PREFIX}HOST {self.host} is every address: set {PREFIX}ADVERTISE_URL to where the gateway finds it"
             )
         return self
+
+
+def _read_secret(name: str, path: Path | None) -> bytes | None:
+    if path is None:
+        return None
+    try:
+        with path.open("rb") as file:
+            content = file.read(_MAX_SECRET_BYTES + 1).strip()
+    except OSError as error:
+        raise BadRequestError(f"{PREFIX}{name}: {path}: cannot be read: {error.strerror}") from None
+    if not content or len(content) > _MAX_SECRET_BYTES or not re.fullmatch(rb"[\x21-\x7e]+", content):
+        raise BadRequestError(
+            f"{PREFIX}{name}: {path}: must hold one line of 1 to {_MAX_SECRET_BYTES} printable characters"
+        )
+    return content
 
 
 def _one_line(error: ValidationError) -> str:
@@ -158,8 +169,6 @@ def _one_line(error: ValidationError) -> str:
 
 
 def _near(name: str, known: set[str]) -> str:
-    from difflib import get_close_matches
-
     if re.search(r"_(SERVICE_(HOST|PORT)|PORT_\d+_TCP)", name):
         return "Kubernetes sets it for a service of that name: use `enableServiceLinks: false`"
     close = get_close_matches(name.upper(), known, n=1)

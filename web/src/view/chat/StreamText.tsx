@@ -1,0 +1,87 @@
+// The answer as it comes, token by token: accepted drafts are tinted, and each token tells where it came from.
+
+import { type KeyboardEvent, type MouseEvent, memo, useEffect, useRef, useState } from "react";
+import type { Run } from "../../run/run";
+import { type RunProps, useVersion } from "../hooks";
+import { type Chunk, chunksOf, nextToken, piecesOf } from "./chunks";
+import { TokenTooltip } from "./TokenTooltip";
+import "./stream.css";
+
+interface Marked {
+  token: number;
+  /** Of the window: where the token's first line is. */
+  x: number;
+  top: number;
+  bottom: number;
+}
+
+export function StreamText({ store, player }: RunProps) {
+  useVersion(store);
+  useVersion(player);
+  const [marked, mark] = useState<Marked | null>(null);
+  useEffect(() => {
+    if (marked === null) return;
+    const leave = () => mark(null);
+    window.addEventListener("scroll", leave, { capture: true, passive: true });
+    return () => window.removeEventListener("scroll", leave, { capture: true });
+  }, [marked]);
+  const text = useRef<HTMLDivElement>(null);
+  const { run } = store;
+  const { position } = player;
+  const isWhole = position >= run.steps.length;
+  const point = (event: MouseEvent) => mark(event.target instanceof HTMLElement ? markedAt(event.target) : null);
+  const onKeyDown = (event: KeyboardEvent) => {
+    const token = nextToken(run, position, marked?.token ?? null, event.key);
+    if (token === null) return;
+    event.preventDefault();
+    const element = text.current?.querySelector<HTMLElement>(`[data-token="${token}"]`);
+    element?.scrollIntoView({ block: "nearest" });
+    // Behind the scroll event, which takes the mark away.
+    requestAnimationFrame(() => requestAnimationFrame(() => mark(element == null ? null : markedAt(element))));
+  };
+  return (
+    // biome-ignore lint/a11y/useSemanticElements: there is no element for a text whose parts can be looked at.
+    // biome-ignore lint/a11y/useKeyWithMouseEvents: the arrow keys do what the mouse does.
+    <div
+      ref={text}
+      className="stream"
+      role="group"
+      aria-label="Answer"
+      aria-roledescription="text: the left and right arrow keys tell where each token came from"
+      // biome-ignore lint/a11y/noNoninteractiveTabindex: it takes the arrow keys.
+      tabIndex={0}
+      onMouseOver={point}
+      onClick={point}
+      onMouseLeave={() => mark(null)}
+      onBlur={() => mark(null)}
+      onKeyDown={onKeyDown}
+    >
+      {chunksOf(position).map((chunk) => (
+        <TextChunk key={chunk.first} run={run} first={chunk.first} end={chunk.end} />
+      ))}
+      {isWhole && run.finished?.text}
+      {run.phase === "streaming" && player.isLive && <span className="stream-cursor" aria-hidden="true" />}
+      {marked !== null && <TokenTooltip run={run} {...marked} />}
+    </div>
+  );
+}
+
+function markedAt(element: HTMLElement): Marked | null {
+  const { token } = element.dataset;
+  const box = element.getClientRects()[0];
+  if (token === undefined || box === undefined) return null;
+  return { token: Number(token), x: box.left, top: box.top, bottom: box.bottom };
+}
+
+/** Steps do not change once they are there: a chunk is drawn again where its bounds move, and never else. */
+const TextChunk = memo(function TextChunk({ run, first, end }: Chunk & { run: Run }) {
+  return (
+    <span className="stream-chunk">
+      {piecesOf(run, { first, end }).map(({ token, text, isDraft }) => (
+        <span key={token} data-token={token} className={isDraft ? "stream-draft" : undefined}>
+          {text}
+        </span>
+      ))}
+    </span>
+  );
+});

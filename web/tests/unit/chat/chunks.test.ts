@@ -1,0 +1,66 @@
+import { expect, test } from "vitest";
+import { record, startRun } from "../../../src/run/run";
+import { chunksOf, nextToken, piecesOf, STEPS_A_CHUNK } from "../../../src/view/chat/chunks";
+import { prefill, stepMessage, tokenMessage } from "../run/messages";
+
+test.each([
+  [0, []],
+  [1, [[0, 1]]],
+  [STEPS_A_CHUNK, [[0, STEPS_A_CHUNK]]],
+  [
+    STEPS_A_CHUNK + 1,
+    [
+      [0, STEPS_A_CHUNK],
+      [STEPS_A_CHUNK, STEPS_A_CHUNK + 1],
+    ],
+  ],
+])("%i steps in chunks", (position, bounds) => {
+  expect(chunksOf(position).map(({ first, end }) => [first, end])).toEqual(bounds);
+});
+
+test("chunks that are whole stay as they are while the run grows", () => {
+  const before = chunksOf(3 * STEPS_A_CHUNK + 1).slice(0, -1);
+  expect(chunksOf(5 * STEPS_A_CHUNK).slice(0, 3)).toEqual(before);
+});
+
+function someRun() {
+  const run = startRun({ prompt: "x" }, "2026-01-31T12:00:00Z");
+  record(run, prefill("a"), 1);
+  record(run, stepMessage([" b", " c"], " d"), 2);
+  record(run, tokenMessage(["", "猫"], { num_accepted: 0 }), 3);
+  return run;
+}
+
+test("pieces are the tokens that released text, drafts told from the backbone's own", () => {
+  const run = someRun();
+  const pieces = piecesOf(run, { first: 0, end: 3 });
+  expect(pieces.map(({ text, isDraft }) => [text, isDraft])).toEqual([
+    ["a", false],
+    [" b", true],
+    [" c", true],
+    [" d", false],
+    ["猫", false],
+  ]);
+  expect(pieces.at(-1)?.token).toBe(5);
+  expect(piecesOf(run, { first: 1, end: 2 }).map(({ text }) => text)).toEqual([" b", " c", " d"]);
+});
+
+test.each<[string, number | null, number | null]>([
+  ["ArrowRight", null, 0],
+  ["ArrowRight", 0, 1],
+  ["ArrowRight", 3, 5],
+  ["ArrowRight", 5, null],
+  ["ArrowLeft", null, 5],
+  ["ArrowLeft", 5, 3],
+  ["ArrowLeft", 0, null],
+  ["Home", 3, 0],
+  ["End", 0, 5],
+  ["Enter", 0, null],
+])("%s at token %s leads to token %s", (key, token, next) => {
+  expect(nextToken(someRun(), 3, token, key)).toBe(next);
+});
+
+test("arrow keys stay among the tokens of the shown steps", () => {
+  const run = someRun();
+  expect([nextToken(run, 1, null, "End"), nextToken(run, 1, 0, "ArrowRight")]).toEqual([0, null]);
+});
