@@ -1,5 +1,5 @@
 # Every target sets up what it needs; the first one takes a few minutes (environment, packages, the small model).
-.PHONY: help setup web web-types up chat soak test test-full check format bench reference lock clean
+.PHONY: help setup web web-types up chat soak compose-test test test-full check format bench reference lock clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -13,6 +13,7 @@ help:
 	@echo "make check      lint, types and import contracts only"
 	@echo "make format     format the code"
 	@echo "make web        build the page (make web-types: its types of the wire, out of the gateway's schema)"
+	@echo "make compose-test  docker-compose.yml for real: builds, starts, uses and ends the stack (root, 15 GB)"
 	@echo "make reference  write docs/reference and the dashboards out of the code"
 	@echo "make lock       pin what is installed now (constraints.txt)"
 
@@ -57,6 +58,9 @@ test-full: check web
 
 soak: $(READY)
 	PYTHONPATH=tests $(BIN)/python benchmarks/serving/soak.py --seconds 600
+
+compose-test: $(READY)
+	@scripts/compose_test.sh
 
 bench: $(READY)
 	$(BIN)/gorgon models fetch smollm2

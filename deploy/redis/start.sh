@@ -11,4 +11,4 @@ if [ -z "$password" ]; then
 fi
 digest=$(printf %s "$password" | sha256sum | cut -d ' ' -f 1)
 sed "s/PASSWORD_SHA256/$digest/" "$here/users.acl" > /run/redis/users.acl
-exec redis-server "$here/redis.conf"
+exec redis-server "$here/redis.conf" --dir /data

@@ -26,8 +26,15 @@ def test_promtool_accepts_the_rules() -> None:
     promtool("check", "rules", *RULES)
 
 
-def test_promtool_accepts_the_configuration() -> None:
-    promtool("check", "config", PROMETHEUS / "prometheus.yml")
+def test_promtool_accepts_the_configuration(tmp_path: Path) -> None:
+    """With a file where docker-compose.yml mounts the engines' secret: promtool looks whether it is there."""
+    configuration = (PROMETHEUS / "prometheus.yml").read_text()
+    secret = tmp_path / "engine_secret"
+    secret.write_text("secret")
+    (tmp_path / "rules").symlink_to(PROMETHEUS / "rules")
+    placed = tmp_path / "prometheus.yml"
+    placed.write_text(configuration.replace("/run/secrets/engine_secret", str(secret)))
+    promtool("check", "config", placed)
 
 
 def test_alerts_fire_when_they_should_and_only_then() -> None:

@@ -291,9 +291,11 @@ def test_what_an_engine_that_breaks_has_not_heard_of_is_told_and_counted_once(pa
     """Both its end and the lost submission would say so."""
 
     async def scenario() -> None:
-        engine, counts, listener, goes_on = make_engine(parts, frozenset()), metrics(), Listener(), threading.Event()
+        engine, counts, listener = make_engine(parts, frozenset()), metrics(), Listener()
+        is_in_step, goes_on = threading.Event(), threading.Event()
 
         def breaking() -> Any:
+            is_in_step.set()
             goes_on.wait(60.0)
             raise RuntimeError("lost")
 
@@ -305,6 +307,7 @@ def test_what_an_engine_that_breaks_has_not_heard_of_is_told_and_counted_once(pa
         worker.start()
         async with asyncio.timeout(60.0):
             first = await submit(generations, engine)
+            assert await asyncio.to_thread(is_in_step.wait, 60.0)
             late = asyncio.create_task(submit(generations, engine))
             await asyncio.sleep(0)
             assert generations.num_open == 2

@@ -155,7 +155,7 @@ export function tiles(figures: Figures): Tile[] {
   return [
     { name: "Acceptance length", value: mean(numTokens), unit: "tokens a step" },
     { name: "Decode speed", value: speed === null ? "–" : short(speed), unit: "tokens/s so far" },
-    { name: "Accepted", value: numDrafted === 0 ? "–" : percent(numAccepted / numDrafted), unit: "of drafted nodes" },
+    { name: "Accepted", value: numDrafted === 0 ? "–" : percent(numAccepted / numDrafted), unit: "of nodes" },
     { name: "Tree size", value: mean(numDrafted + numPasses), unit: "rows a step" },
     { name: "Plain steps", value: share(numPlain, numPasses) ?? "–", unit: "drafted nothing" },
   ];

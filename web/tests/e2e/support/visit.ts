@@ -59,23 +59,22 @@ export class Visit {
     page.on("websocket", (socket) => this.conversations.push(new Conversation(socket)));
   }
 
-  /** Until the gateway's model is named on top. */
+  /** Until the page knows what serves it. */
   async open(): Promise<void> {
     await this.page.goto(this.url);
-    await this.page.getByRole("heading", { name: "Gorgon" }).waitFor();
+    await this.page.locator(".server-dot:not(.server-dot--unknown)").waitFor();
   }
 
-  /** By their labels; the mode is one of them. */
+  async mode(mode: "Chat" | "Completion"): Promise<void> {
+    await this.page.locator(".controls").getByText(mode, { exact: true }).click();
+  }
+
+  /** By their labels. */
   async set(settings: Readonly<Record<string, string>>): Promise<void> {
-    const panel = this.page.locator("details.controls");
-    const summary = panel.getByText("Settings", { exact: true });
-    await summary.click();
-    for (const [label, value] of Object.entries(settings)) {
-      const field = panel.getByLabel(label, { exact: true });
-      const isChoice = (await field.evaluate((element) => element.tagName)) === "SELECT";
-      await (isChoice ? field.selectOption(value) : field.fill(value));
-    }
-    await summary.click();
+    const panel = this.page.locator(".controls details");
+    await panel.locator("summary").click();
+    for (const [label, value] of Object.entries(settings)) await panel.getByLabel(label, { exact: true }).fill(value);
+    await panel.locator("summary").click();
   }
 
   get prompt(): Locator {

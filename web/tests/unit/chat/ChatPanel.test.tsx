@@ -1,4 +1,4 @@
-import { act, cleanup, fireEvent, render, screen } from "@testing-library/react";
+import { act, cleanup, fireEvent, render, screen, within } from "@testing-library/react";
 import { afterEach, expect, test, vi } from "vitest";
 import type { RunStore } from "../../../src/run/store";
 import { Session } from "../../../src/session/session";
@@ -97,6 +97,6 @@ test("a question is text, and what it cost is said at the end", async () => {
     answer().store.receive(finished(), 2);
     await new Promise(requestAnimationFrame);
   });
-  expect(screen.getByText("<b>bold?</b>")).toBeDefined();
+  expect(within(screen.getByRole("log")).getByText("<b>bold?</b>")).toBeDefined();
   expect(screen.getByText(/20 tokens · 100.0 tokens\/s · 2.00x plain decoding · 2.50 tokens a step/)).toBeDefined();
 });
