@@ -29,7 +29,9 @@ export function RunPanels({ session, device }: { session: Session; device: strin
       </div>
       <ReplayBar key={key} store={store} player={player} onImport={(run: Run) => session.open(run)} />
       <details className="card app-insight" open>
-        <summary>Insight</summary>
+        <summary>
+          <h2>Insight</h2>
+        </summary>
         <InsightPanel key={key} store={store} player={player} device={device} />
       </details>
     </div>

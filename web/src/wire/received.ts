@@ -18,6 +18,8 @@ export function readMessage(data: unknown): Received | null {
   } catch {
     return null;
   }
+  // An engine leaves out what was not asked for.
+  if (isObject(value) && value.type === "token") value = { logprobs: null, tree_debug: null, ...value };
   return isMessage(value) ? value : null;
 }
 

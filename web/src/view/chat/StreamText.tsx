@@ -29,7 +29,10 @@ export function StreamText({ store, player }: RunProps) {
   const { run } = store;
   const { position } = player;
   const isWhole = position >= run.steps.length;
-  const point = (event: MouseEvent) => mark(event.target instanceof HTMLElement ? markedAt(event.target) : null);
+  const point = ({ target }: MouseEvent) => {
+    const next = target instanceof HTMLElement ? markedAt(target) : null;
+    if (next?.token !== marked?.token) mark(next);
+  };
   const onKeyDown = (event: KeyboardEvent) => {
     const token = nextToken(run, position, marked?.token ?? null, event.key);
     if (token === null) return;
@@ -41,7 +44,6 @@ export function StreamText({ store, player }: RunProps) {
   };
   return (
     // biome-ignore lint/a11y/useSemanticElements: there is no element for a text whose parts can be looked at.
-    // biome-ignore lint/a11y/useKeyWithMouseEvents: the arrow keys do what the mouse does.
     <div
       ref={text}
       className="stream"
@@ -50,14 +52,15 @@ export function StreamText({ store, player }: RunProps) {
       aria-roledescription="text: the left and right arrow keys tell where each token came from"
       // biome-ignore lint/a11y/noNoninteractiveTabindex: it takes the arrow keys.
       tabIndex={0}
-      onMouseOver={point}
+      // Not onMouseOver: that comes too where the text grows below a mouse at rest.
+      onMouseMove={point}
       onClick={point}
       onMouseLeave={() => mark(null)}
       onBlur={() => mark(null)}
       onKeyDown={onKeyDown}
     >
-      {chunksOf(position).map((chunk) => (
-        <TextChunk key={chunk.first} run={run} first={chunk.first} end={chunk.end} />
+      {chunksOf(run, position).map((chunk) => (
+        <TextChunk key={chunk.first} run={run} first={chunk.first} end={chunk.end} isWhole={chunk.end < position} />
       ))}
       {isWhole && run.finished?.text}
       {run.phase === "streaming" && player.isLive && <span className="stream-cursor" aria-hidden="true" />}
@@ -74,9 +77,9 @@ function markedAt(element: HTMLElement): Marked | null {
 }
 
 /** Steps do not change once they are there: a chunk is drawn again where its bounds move, and never else. */
-const TextChunk = memo(function TextChunk({ run, first, end }: Chunk & { run: Run }) {
+const TextChunk = memo(function TextChunk({ run, first, end, isWhole }: Chunk & { run: Run; isWhole: boolean }) {
   return (
-    <span className="stream-chunk">
+    <span className={isWhole ? "stream-chunk stream-chunk--whole" : "stream-chunk"}>
       {piecesOf(run, { first, end }).map(({ token, text, isDraft }) => (
         <span key={token} data-token={token} className={isDraft ? "stream-draft" : undefined}>
           {text}

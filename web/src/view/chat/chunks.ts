@@ -2,7 +2,8 @@
 
 import type { Run } from "../../run/run";
 
-export const STEPS_A_CHUNK = 48;
+/** At least; a chunk ends with the line then, so that it can be a block of its own in the layout. */
+export const STEPS_A_CHUNK = 24;
 
 export interface Chunk {
   /** Steps first..end - 1. */
@@ -10,13 +11,37 @@ export interface Chunk {
   end: number;
 }
 
-/** The chunks of the first `position` steps: all but the last one are whole, and never change again. */
-export function chunksOf(position: number): Chunk[] {
+/** Steps at which a new chunk begins, as far as a run was looked at. */
+interface Cuts {
+  at: number[];
+  numSteps: number;
+}
+
+const CUTS = new WeakMap<Run, Cuts>();
+
+/** The chunks of the first `position` steps: all but the last one are whole lines, and never change again. */
+export function chunksOf(run: Run, position: number): Chunk[] {
   const chunks: Chunk[] = [];
-  for (let first = 0; first < position; first += STEPS_A_CHUNK) {
-    chunks.push({ first, end: Math.min(first + STEPS_A_CHUNK, position) });
+  let first = 0;
+  for (const cut of cutsOf(run).at) {
+    if (cut >= position) break;
+    chunks.push({ first, end: cut });
+    first = cut;
   }
+  if (first < position) chunks.push({ first, end: position });
   return chunks;
+}
+
+function cutsOf(run: Run): Cuts {
+  const cuts = CUTS.get(run) ?? { at: [], numSteps: 0 };
+  CUTS.set(run, cuts);
+  for (; cuts.numSteps < run.steps.length; cuts.numSteps += 1) {
+    const step = run.steps[cuts.numSteps];
+    if (step === undefined || cuts.numSteps + 1 - (cuts.at.at(-1) ?? 0) < STEPS_A_CHUNK) continue;
+    const last = run.tokens[step.firstToken + step.numTokens - 1];
+    if (last?.text.endsWith("\n")) cuts.at.push(cuts.numSteps + 1);
+  }
+  return cuts;
 }
 
 export interface Piece {

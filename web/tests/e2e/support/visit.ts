@@ -62,7 +62,7 @@ export class Visit {
   /** Until the page knows what serves it. */
   async open(): Promise<void> {
     await this.page.goto(this.url);
-    await this.page.locator(".server-dot:not(.server-dot--unknown)").waitFor();
+    await this.page.locator(".server-dot:not(.server-dot--unknown)").first().waitFor();
   }
 
   async mode(mode: "Chat" | "Completion"): Promise<void> {

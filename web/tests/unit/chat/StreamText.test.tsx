@@ -85,7 +85,7 @@ test("a token under the mouse tells where it came from", () => {
     [bonus, ["·is⏎", "the backbone's own"]],
   ] as const) {
     if (element === undefined) throw new Error("a token is not there");
-    fireEvent.mouseOver(element);
+    fireEvent.mouseMove(element);
     for (const word of words) expect(screen.getByRole("tooltip").textContent).toContain(word);
   }
   fireEvent.mouseLeave(text);

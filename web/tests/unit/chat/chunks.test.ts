@@ -3,24 +3,40 @@ import { record, startRun } from "../../../src/run/run";
 import { chunksOf, nextToken, piecesOf, STEPS_A_CHUNK } from "../../../src/view/chat/chunks";
 import { prefill, stepMessage, tokenMessage } from "../run/messages";
 
-test.each([
-  [0, []],
-  [1, [[0, 1]]],
-  [STEPS_A_CHUNK, [[0, STEPS_A_CHUNK]]],
-  [
-    STEPS_A_CHUNK + 1,
-    [
-      [0, STEPS_A_CHUNK],
-      [STEPS_A_CHUNK, STEPS_A_CHUNK + 1],
-    ],
-  ],
-])("%i steps in chunks", (position, bounds) => {
-  expect(chunksOf(position).map(({ first, end }) => [first, end])).toEqual(bounds);
+/** A run of one token a step; every `lineSteps` steps a line ends. */
+function lines(numSteps: number, lineSteps: number) {
+  const run = startRun({ prompt: "x" }, "2026-01-31T12:00:00Z");
+  for (let step = 1; step <= numSteps; step += 1) {
+    record(run, tokenMessage([step % lineSteps === 0 ? "\n" : "a"], { num_accepted: 0 }), step);
+  }
+  return run;
+}
+
+const boundsOf = (run: ReturnType<typeof lines>, position: number) =>
+  chunksOf(run, position).map(({ first, end }) => [first, end]);
+
+test("a chunk ends with the first line behind enough steps", () => {
+  const run = lines(3 * STEPS_A_CHUNK, STEPS_A_CHUNK + 3);
+  expect(boundsOf(run, 0)).toEqual([]);
+  expect(boundsOf(run, 1)).toEqual([[0, 1]]);
+  const end = STEPS_A_CHUNK + 3;
+  expect(boundsOf(run, end)).toEqual([[0, end]]);
+  expect(boundsOf(run, end + 1)).toEqual([
+    [0, end],
+    [end, end + 1],
+  ]);
+});
+
+test("a text without lines is one chunk", () => {
+  expect(boundsOf(lines(100, 1000), 100)).toEqual([[0, 100]]);
 });
 
 test("chunks that are whole stay as they are while the run grows", () => {
-  const before = chunksOf(3 * STEPS_A_CHUNK + 1).slice(0, -1);
-  expect(chunksOf(5 * STEPS_A_CHUNK).slice(0, 3)).toEqual(before);
+  const run = lines(3 * STEPS_A_CHUNK, 5);
+  const before = chunksOf(run, 3 * STEPS_A_CHUNK).slice(0, -1);
+  for (let step = 0; step < 2 * STEPS_A_CHUNK; step += 1) record(run, tokenMessage(["\n"], { num_accepted: 0 }), 1000);
+  expect(before.length).toBeGreaterThan(1);
+  expect(chunksOf(run, 5 * STEPS_A_CHUNK).slice(0, before.length)).toEqual(before);
 });
 
 function someRun() {
