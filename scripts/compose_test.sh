@@ -163,7 +163,7 @@ gateway=http://127.0.0.1:$port
 say "confinement: no user is root, no root file system can be written, only loopback addresses are published"
 for service in "${services[@]}"; do
     [ "$(docker exec "$(container "$service")" id -u)" -ne 0 ] || fail "$service runs as root"
-    refused "$service can write to its root" docker exec "$(container "$service")" sh -c '> /probe'
+    refused "$service can write to its root" docker exec --user 0 "$(container "$service")" sh -c '> /probe'
     published=$(docker port "$(container "$service")")
     case $service in
         redis | engine) [ -z "$published" ] || fail "$service is published: $published" ;;
@@ -171,7 +171,6 @@ for service in "${services[@]}"; do
     esac
 done
 docker exec "$(container redis)" redis-cli get gorgon:x | grep -q NOPERM || fail "Redis lets strangers read"
-docker exec "$(container gateway)" sh -c 'exec 3<> /dev/null' # a shell is there, torch is not:
 refused "the gateway's image holds torch" docker exec "$(container gateway)" python3 -c 'import torch'
 
 check page "$gateway"

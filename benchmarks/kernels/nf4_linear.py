@@ -201,7 +201,9 @@ def bitsandbytes_pool(dense: Sequence[Tensor]) -> tuple[Callable[[Tensor, Any], 
     return lambda x, pair: bitsandbytes.matmul_4bit(x, pair[0].t(), quant_state=pair[1]), quantized
 
 
-def time_layers(table: dict[str, Times], variants: Sequence[Nf4Variant], rows: Sequence[int]) -> list[str]:
+def time_layers(
+    table: dict[str, Times], good: dict[str, list[Config]], variants: Sequence[Nf4Variant], rows: Sequence[int]
+) -> list[str]:
     """Lines of milliseconds for the products of all layers, each by the plans that were best for the most rows, which
     are one choice for all rows: row-invariance asks for it."""
     seeds = {name: random_weight(*shape) for name, shape in SHAPES.items()}
@@ -210,8 +212,8 @@ def time_layers(table: dict[str, Times], variants: Sequence[Nf4Variant], rows: S
     for variant in variants:
         for whole_gate in (False, True):
             chosen = {}
-            for name, able in good.items():
-                able = [config for config in able if config.variant is variant]
+            for name, all_good in good.items():
+                able = [config for config in all_good if config.variant is variant]
                 best = best_config(table[name], able, rows, whole=whole_gate if name == "gate_up" else None)
                 if best is not None:
                     chosen[name] = best

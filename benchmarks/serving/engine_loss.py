@@ -34,7 +34,7 @@ from streams import LineStream, WebSocketClient
 
 from support.services import Service, fake_engine_process, gateway_service
 
-_STEP_SECONDS = 0.02
+_MESSAGES_PER_SECOND = 2500.0  # in all: half of what a gateway must be able to relay
 _BEGIN_SECONDS = 60.0  # for all answers to begin
 _TOLD_SECONDS = 60.0  # for everybody to be told: far above what is promised, to be measured instead of missed
 _BEHIND_SECONDS = 0.2  # nothing may come behind the end
@@ -112,9 +112,10 @@ async def open_clients(
 async def until(what: str, seconds: float, listeners: Sequence[Listener], condition: str) -> None:
     """Wait until a field of every listener is set. Raises `RuntimeError` where that takes too long."""
     end = time.monotonic() + seconds
-    while not all(getattr(listener, condition) not in (None, False) for listener in listeners):
+    while missing := sum(getattr(listener, condition) in (None, False) for listener in listeners):
         if time.monotonic() > end:
-            raise RuntimeError(f"{what} did not come for every client within {seconds:g} s")
+            strange = next((repr(payload) for one in listeners for payload in one.strange), "nothing else")
+            raise RuntimeError(f"{what} did not come to {missing} clients within {seconds:g} s, but {strange}")
         await asyncio.sleep(_POLL_SECONDS)
 
 
@@ -125,7 +126,10 @@ async def play(scenario: Scenario, num_clients: int) -> list[float]:
         engines = [
             stack.enter_context(
                 fake_engine_process(
-                    name=f"fake-{number}", step_seconds=_STEP_SECONDS, num_slots=2 * num_clients, faults=faults
+                    name=f"fake-{number}",
+                    step_seconds=num_clients / _MESSAGES_PER_SECOND,
+                    num_slots=2 * num_clients,
+                    faults=faults,
                 )
             )
             for number in range(scenario.num_engines)

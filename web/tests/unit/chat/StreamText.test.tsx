@@ -61,7 +61,11 @@ test("the player's position bounds the text", () => {
 
 test("chunks that are whole are not drawn again", async () => {
   const { receive, text } = shown();
-  receive(...Array.from({ length: 2 * STEPS_A_CHUNK + 1 }, (_, i) => tokenMessage([` ${i}`])));
+  receive(
+    ...Array.from({ length: 2 * STEPS_A_CHUNK + 1 }, (_, i) =>
+      tokenMessage([(i + 1) % STEPS_A_CHUNK === 0 ? "\n" : ` ${i}`]),
+    ),
+  );
   const [first, second] = text.querySelectorAll(".stream-chunk");
   const changes: MutationRecord[] = [];
   const observer = new MutationObserver((records) => changes.push(...records));

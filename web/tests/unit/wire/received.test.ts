@@ -27,7 +27,6 @@ test.each<[string, unknown]>([
   ["an unknown state", { ...status("queued"), state: "dreaming" }],
   ["ids that are no numbers", { ...STEP, token_ids: ["1", "2", "3"] }],
   ["fewer pieces than tokens", { ...STEP, pieces: STEP.pieces.slice(1) }],
-  ["no tree where one may be", { ...STEP, tree_debug: undefined }],
   ["a tree of lists of different lengths", withTree({ depths: [1] })],
   ["a node that is its own parent", withTree({ parents: [-1, 1] })],
   ["a parent behind its child", withTree({ parents: [1, -1] })],
@@ -38,4 +37,9 @@ test.each<[string, unknown]>([
   ["an error without words", { ...error(), message: undefined }],
 ])("%s is no message", (_, value) => {
   expect(readMessage(JSON.stringify(value))).toBeNull();
+});
+
+test("what an engine leaves out, as nobody asked for it, is null", () => {
+  const { logprobs, tree_debug, ...rest } = STEP;
+  expect(readMessage(JSON.stringify(rest))).toEqual({ ...rest, logprobs: null, tree_debug: null });
 });
