@@ -41,7 +41,8 @@ build() { # put in its place whole, at the end: a gateway that runs serves the p
     echo "web: building the page"
     need_packages
     rm -rf dist "$served.old"
-    npx --no-install vite build --logLevel warn
+    # Named, as a caller's may be another: React would come with its development checks.
+    NODE_ENV=production npx --no-install vite build --logLevel warn
     find dist/assets -type f \( -name '*.js' -o -name '*.css' -o -name '*.svg' \) -exec gzip -9nk {} +
     echo "$wanted" > dist/.sources
     if [ -d "$served" ]; then mv "$served" "$served.old"; fi

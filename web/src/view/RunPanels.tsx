@@ -32,7 +32,7 @@ export function RunPanels({ session, device }: { session: Session; device: strin
         <summary>
           <h2>Insight</h2>
         </summary>
-        <InsightPanel key={key} store={store} player={player} device={device} />
+        <InsightPanel key={key} store={store} player={player} device={session.shown?.isImported ? null : device} />
       </details>
     </div>
   );

@@ -4,7 +4,7 @@ import { tokenLabel } from "../../src/tree/label";
 import type { TokenMessage } from "../../src/wire/messages";
 import { test } from "./support/browser";
 
-const PROMPT = "Repeat after me, three times: the quick brown fox jumps over the lazy dog.";
+const PROMPT = "Explain to a child why the sky is blue.";
 
 interface DrawnStep {
   accepted: { label: string; colour: string }[];

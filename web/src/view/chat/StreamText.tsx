@@ -3,7 +3,7 @@
 import { type KeyboardEvent, type MouseEvent, memo, useEffect, useRef, useState } from "react";
 import type { Run } from "../../run/run";
 import { type RunProps, useVersion } from "../hooks";
-import { type Chunk, chunksOf, nextToken, piecesOf } from "./chunks";
+import { type Chunk, chunksOf, nextToken, partsOf, piecesOf } from "./chunks";
 import { TokenTooltip } from "./TokenTooltip";
 import "./stream.css";
 
@@ -76,15 +76,22 @@ function markedAt(element: HTMLElement): Marked | null {
   return { token: Number(token), x: box.left, top: box.top, bottom: box.bottom };
 }
 
-/** Steps do not change once they are there: a chunk is drawn again where its bounds move, and never else. */
-const TextChunk = memo(function TextChunk({ run, first, end, isWhole }: Chunk & { run: Run; isWhole: boolean }) {
+/** A whole one is a block of its own: what comes behind it leaves its layout alone. */
+function TextChunk({ run, first, end, isWhole }: Chunk & { run: Run; isWhole: boolean }) {
   return (
     <span className={isWhole ? "stream-chunk stream-chunk--whole" : "stream-chunk"}>
-      {piecesOf(run, { first, end }).map(({ token, text, isDraft }) => (
-        <span key={token} data-token={token} className={isDraft ? "stream-draft" : undefined}>
-          {text}
-        </span>
+      {partsOf({ first, end }).map((part) => (
+        <TextPart key={part.first} run={run} first={part.first} end={part.end} />
       ))}
     </span>
   );
+}
+
+/** Steps do not change once they are there: a part is drawn again where its end moves, and never else. */
+const TextPart = memo(function TextPart({ run, first, end }: Chunk & { run: Run }) {
+  return piecesOf(run, { first, end }).map(({ token, text, isDraft }) => (
+    <span key={token} data-token={token} className={isDraft ? "stream-draft" : undefined}>
+      {text}
+    </span>
+  ));
 });

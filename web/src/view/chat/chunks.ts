@@ -44,6 +44,15 @@ function cutsOf(run: Run): Cuts {
   return cuts;
 }
 
+/** A chunk in parts that React draws once: a text without lines is one chunk, however long. */
+export function partsOf({ first, end }: Chunk): Chunk[] {
+  const parts: Chunk[] = [];
+  for (let start = first; start < end; start += STEPS_A_CHUNK) {
+    parts.push({ first: start, end: Math.min(start + STEPS_A_CHUNK, end) });
+  }
+  return parts;
+}
+
 export interface Piece {
   /** Index into `run.tokens`. */
   token: number;

@@ -1,6 +1,6 @@
 import { expect, test } from "vitest";
 import { record, startRun } from "../../../src/run/run";
-import { chunksOf, nextToken, piecesOf, STEPS_A_CHUNK } from "../../../src/view/chat/chunks";
+import { chunksOf, nextToken, partsOf, piecesOf, STEPS_A_CHUNK } from "../../../src/view/chat/chunks";
 import { prefill, stepMessage, tokenMessage } from "../run/messages";
 
 /** A run of one token a step; every `lineSteps` steps a line ends. */
@@ -29,6 +29,18 @@ test("a chunk ends with the first line behind enough steps", () => {
 
 test("a text without lines is one chunk", () => {
   expect(boundsOf(lines(100, 1000), 100)).toEqual([[0, 100]]);
+});
+
+test("a chunk is drawn in parts of which the last one alone grows", () => {
+  const bounds = (end: number) => partsOf({ first: 5, end }).map((part) => [part.first, part.end]);
+  expect(bounds(5)).toEqual([]);
+  expect(bounds(6)).toEqual([[5, 6]]);
+  const second = 5 + STEPS_A_CHUNK;
+  expect(bounds(second + 1)).toEqual([
+    [5, second],
+    [second, second + 1],
+  ]);
+  expect(bounds(second + 9).slice(0, 1)).toEqual(bounds(second + 1).slice(0, 1));
 });
 
 test("chunks that are whole stay as they are while the run grows", () => {
