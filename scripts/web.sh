@@ -55,6 +55,8 @@ schema() {
 }
 
 cd web
+exec 9< .
+if command -v flock > /dev/null; then flock 9; fi # one at a time: they share node_modules and dist
 case $goal in
     build)
         build

@@ -52,16 +52,7 @@ export function App({ server, session, apiKey, generate }: Props) {
   return (
     <div className={`app app--${mode}`}>
       <Header server={state} mode={mode} setMode={setMode} />
-      {state.needsKey && (
-        <KeyPanel
-          known={apiKey.get() !== null}
-          submit={(key) => {
-            const problem = apiKey.set(key);
-            if (problem === null) void server.check();
-            return problem;
-          }}
-        />
-      )}
+      {state.needsKey && <KeyPanel submit={(key) => taken(key, apiKey, server)} />}
       <main className="app-main">
         <div className="app-side card">
           <Controls settings={settings} problems={problems} change={change} />
@@ -115,6 +106,11 @@ function RacePrompt({ prompt, setPrompt, isChat, obstacle }: RacePromptProps) {
       <ExampleList isChat={isChat} choose={setPrompt} />
     </div>
   );
+}
+
+/** What is wrong with the key, which else is used from now on; null: nothing. */
+async function taken(key: string, apiKey: ApiKey, server: ServerStore): Promise<string | null> {
+  return apiKey.set(key) ?? (await server.refusal())?.message ?? null;
 }
 
 /** Why nothing can be asked now. */

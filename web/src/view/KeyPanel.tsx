@@ -3,13 +3,11 @@
 import { useState } from "react";
 
 interface Props {
-  /** Whether one was given already. */
-  known: boolean;
   /** Gives what is wrong with the key; null: nothing. */
-  submit: (key: string) => string | null;
+  submit: (key: string) => Promise<string | null>;
 }
 
-export function KeyPanel({ known, submit }: Props) {
+export function KeyPanel({ submit }: Props) {
   const [key, setKey] = useState("");
   const [problem, setProblem] = useState<string | null>(null);
   return (
@@ -17,12 +15,10 @@ export function KeyPanel({ known, submit }: Props) {
       className="key"
       onSubmit={(event) => {
         event.preventDefault();
-        setProblem(submit(key));
+        void submit(key).then(setProblem);
       }}
     >
-      <label htmlFor="api-key">
-        {known ? "The gateway does not know this API key. Another one:" : "This gateway asks for an API key:"}
-      </label>
+      <label htmlFor="api-key">This gateway asks for an API key:</label>
       <input
         id="api-key"
         className="input"

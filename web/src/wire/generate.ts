@@ -87,7 +87,8 @@ function resumed(request: GenerateRequest, store: RunStore): GenerateRequest {
 
 /**
  * One connection: from the handshake to the run's terminal message, or to the connection's loss. Gives the error with
- * which a gateway that came back has refused to go on for now; while it starts, its engines are not found yet.
+ * which the gateway has refused to go on for now: its engine was lost in the middle of the answer and may come back, or
+ * it came back itself and has not found its engines yet.
  */
 function converse(
   options: GenerateOptions,
@@ -99,7 +100,7 @@ function converse(
   return new Promise((resolve) => {
     const open = options.open ?? ((url, names) => new WebSocket(url, names));
     const socket = open(options.url(), protocols(options.key()));
-    const isReturning = store.run.phase === "reconnecting";
+    const hasBegun = () => store.run.phase === "reconnecting" || store.run.tokens.length > 0;
     let timer: ReturnType<typeof setTimeout> | undefined;
 
     const end = (said: ErrorMessage | null) => {
@@ -121,7 +122,7 @@ function converse(
     socket.onopen = () => socket.send(JSON.stringify(request));
     socket.onmessage = ({ data }) => {
       const message = readMessage(data) ?? NOT_UNDERSTOOD;
-      if (message.type === "error" && message.code === "unavailable" && isReturning && !signal.aborted) {
+      if (message.type === "error" && message.code === "unavailable" && hasBegun() && !signal.aborted) {
         end(message);
         return;
       }

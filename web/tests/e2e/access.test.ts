@@ -58,10 +58,10 @@ test("the colours can be switched, and stay switched", async ({ visit }) => {
   const { page } = await visit({ colorScheme: "light" });
   const theme = () => page.locator("html").getAttribute("data-theme");
   expect(await theme()).toBe("light");
-  await page.getByRole("button", { name: /dark/i }).click();
+  await page.getByRole("button", { name: "Switch to dark colours" }).click();
   expect(await theme()).toBe("dark");
   await page.reload();
-  await page.getByRole("button", { name: /light/i }).waitFor();
+  await page.getByRole("button", { name: "Switch to light colours" }).waitFor();
   expect(await theme()).toBe("dark");
 });
 
@@ -119,9 +119,9 @@ test("everything goes with the keyboard alone", async ({ visit }) => {
   await page.locator(".tree-tooltip").waitFor();
   await tabTo(page, ".replay input[type=range]");
   const position = page.locator(".replay-position");
-  const before = await position.innerText();
+  const before = await position.textContent();
   await page.keyboard.press("ArrowLeft");
-  await expect.poll(() => position.innerText()).not.toBe(before);
+  await expect.poll(() => position.textContent()).not.toBe(before);
 });
 
 test("a phone shows everything without scrolling sideways", async ({ visit }) => {

@@ -41,7 +41,7 @@ test("the gateway is killed: the page connects to the next one, and the answer g
   expect(after.request.generated_token_ids).toEqual(before?.steps.flatMap(({ token_ids }) => token_ids));
   const whole = await visitor.rest(before?.request ?? {});
   expect(await visitor.text()).toBe(whole.text);
-  expect(await visitor.page.locator(".replay-position").innerText()).toMatch(/^step (\d+) of \1 /);
+  expect(await visitor.page.locator(".replay-position").textContent()).toMatch(/^step (\d+) of \1 /);
 });
 
 test("the engine is killed and started again: the answer goes on", async ({ visit }) => {
@@ -65,7 +65,10 @@ test("a first visitor while the model loads is told so, and is answered", async 
   await engine.kill();
   engine = await startEngine({ PORT: engine.port });
   const visitor = await visit({ url: gateway.url, expected: LOST });
-  await visitor.page.getByText(/the model loads/).first().waitFor();
+  await visitor.page
+    .getByText(/the model loads/)
+    .first()
+    .waitFor();
   await visitor.set({ "Max tokens": "20" });
   await visitor.ask("Name a colour.");
   await visitor.ended();

@@ -25,19 +25,23 @@ test("a race ends with equal texts, both lanes' figures and their ratio", async 
   const expected = await visitor.rest(plain.request);
   expect(texts).toEqual([expected.text, expected.text]);
   const numTokens = expected.token_ids.length;
-  expect(await verdict.innerText()).toContain(`identical: ${numTokens} of ${numTokens} tokens`);
+  expect(await verdict.textContent()).toContain(`identical: ${numTokens} of ${numTokens} tokens`);
 
   const speeds: number[] = [];
   for (const name of ["Plain decoding", "Speculative decoding"]) {
     const figure = (of: string) =>
-      page.getByRole("article", { name }).locator("dl > div").filter({ hasText: of }).locator("dd").innerText();
+      page
+        .getByRole("article", { name })
+        .locator("div", { has: page.getByText(of, { exact: true }) })
+        .locator("dd")
+        .textContent();
     expect(await figure("Tokens")).toBe(String(numTokens));
     for (const clock of ["First token", "Decoding"]) expect(await figure(clock)).toMatch(/^\d+\.\d\d s$/);
     for (const speed of ["Wall clock", "Engine"]) expect(await figure(speed)).toMatch(/^\d+\.\d tokens\/s$/);
-    speeds.push(Number.parseFloat(await figure("Wall clock")));
+    speeds.push(Number.parseFloat((await figure("Wall clock")) ?? ""));
   }
   const [slow = Number.NaN, fast = Number.NaN] = speeds;
-  const ratio = Number.parseFloat(await page.locator(".race-headline b").innerText());
+  const ratio = Number.parseFloat((await page.locator(".race-headline b").textContent()) ?? "");
   expect(ratio).toBeCloseTo(fast / slow, 1);
 });
 
@@ -57,7 +61,7 @@ test("a race together and one that is stopped", async ({ visit }) => {
   expect(one?.time.first).toBeLessThan(other?.time.last ?? 0);
   expect(other?.time.first).toBeLessThan(one?.time.last ?? 0);
 
-  await page.getByLabel("Max tokens").fill("4000");
+  await visitor.set({ "Max tokens": "4000" });
   await page.getByText("One after the other", { exact: true }).click();
   await page.locator("#race-prompt").fill("Count from one to a thousand, each number on a line of its own.");
   await page.getByRole("button", { name: "Race again" }).click();

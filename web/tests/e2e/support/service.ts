@@ -132,7 +132,7 @@ export async function startGorgon(options: readonly string[], environment: Envir
   return service.ready();
 }
 
-const LISTENS = /listening.*?(http:\/\/[^\s"]+:\d+)/;
+const LISTENS = /^(?=.*listening).*?(http:\/\/[^\s"]+:\d+)/m;
 
 /** It listens, and may still be loading. `settings`: GORGON_ENGINE_* by their names in upper case. */
 export function startEngine(settings: Environment): Promise<Service> {

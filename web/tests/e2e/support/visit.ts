@@ -106,7 +106,7 @@ export class Visit {
   async ended(line: RegExp = /^(complete|cut at the token limit) · /): Promise<string> {
     const status = this.page.locator(".chat .status");
     await status.filter({ hasText: line }).waitFor({ timeout: ANSWER_MILLISECONDS });
-    return status.innerText();
+    return (await status.textContent()) ?? "";
   }
 
   /** Waits until so many steps have come. */

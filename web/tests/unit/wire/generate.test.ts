@@ -129,6 +129,25 @@ test.each(["queue_full", "unavailable", "rate_limit_exceeded"])("%s is shown, no
   expect([store.run.error, sockets.length]).toEqual([said, 1]);
 });
 
+test("an engine that is lost in the middle of the answer may come back", async () => {
+  const { store, done, socket } = begin();
+  const first = await socket(0);
+  first.accept();
+  first.say(
+    status("prefill", { seed: 42 }),
+    prefill("a"),
+    status("resuming", { seed: 42 }),
+    error({ code: "unavailable" }),
+  );
+  await vi.waitFor(() => expect(store.run.phase).toBe("reconnecting"));
+  const second = await socket(1);
+  second.accept();
+  expect(second.sent).toEqual([{ ...REQUEST, seed: 42, generated_token_ids: [idOf("a")] }]);
+  second.say(prefill(" b"), finished());
+  await done;
+  expect([textOf(store.run), store.run.phase]).toEqual(["a b", "finished"]);
+});
+
 test("a gateway that is back before its engines is asked again", async () => {
   const { store, done, socket } = begin();
   const first = await socket(0);

@@ -179,7 +179,8 @@ def _hopper(x: Tensor, weight: PackedNf4, plan: Nf4Plan, partials: Tensor, varia
     except ImportError as error:
         raise ModelError(f"the Hopper NF4 kernel needs Triton 3.6 with Gluon: {error}") from error
     nf4_gluon.check_device(x.device)
-    tile = choose_tile(x.shape[0], plan.inner_splits, shared_weights=variant is Nf4Variant.SHARED)
+    half_sums = partials.dtype != torch.float32
+    tile = choose_tile(x.shape[0], plan.inner_splits, shared_weights=variant is Nf4Variant.SHARED, half_sums=half_sums)
     nf4_gluon.launch(x, weight, plan, partials, tile)
 
 

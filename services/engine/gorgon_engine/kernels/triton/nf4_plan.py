@@ -19,6 +19,7 @@ WARPGROUPS = 4
 MAX_BLOCK_R = 64
 SHARED_MEMORY = 232448  # bytes that one program may have on sm_90
 _BARRIER_BYTES = 2048  # room for barriers and what the compiler adds
+_EXCHANGE_BYTES = 8192  # what it adds where 16-bit sums are written
 _MAX_PROGRAMS = 132  # the processors of an H100, one program each
 # In blocks of weights read by a program: filling its table and its rings, and one more partial sum of each output,
 # written and added up again.
@@ -132,27 +133,28 @@ class HopperTile:
             (WARPGROUPS - WARPGROUPS // inner_splits) * BLOCK_ROWS * self.block_r * 4,
         )
 
-    def num_bytes(self, inner_splits: int) -> int:
-        """Of shared memory."""
-        return self._table_bytes + sum(self._other_bytes(inner_splits)) + _BARRIER_BYTES
+    def num_bytes(self, inner_splits: int, *, half_sums: bool = False) -> int:
+        """Of shared memory. half_sums: the sums leave in 16 bits, and change places between threads before."""
+        exchange = _EXCHANGE_BYTES if half_sums else 0
+        return self._table_bytes + sum(self._other_bytes(inner_splits)) + exchange + _BARRIER_BYTES
 
     def table_offset(self, inner_splits: int) -> int:
         """Where the compiler places the table: behind the buffers that are larger."""
         return sum(size for size in self._other_bytes(inner_splits) if size > self._table_bytes)
 
 
-def choose_tile(num_rows: int, inner_splits: int, *, shared_weights: bool) -> HopperTile:
+def choose_tile(num_rows: int, inner_splits: int, *, shared_weights: bool, half_sums: bool = False) -> HopperTile:
     """A tile for so many rows that fits in shared memory.
 
-    shared_weights: W through a ring in shared memory, some blocks ahead, or one block ahead in registers. Raises
-    `ModelError` where nothing fits.
+    shared_weights: W through a ring in shared memory, some blocks ahead, or one block ahead in registers;
+    half_sums: the sums leave in 16 bits. Raises `ModelError` where nothing fits.
     """
     block_r = next(size for size in (8, 16, 32, 64) if num_rows <= size or size == MAX_BLOCK_R)
     rings = ((3, 64), (2, 64), (3, 32), (2, 32)) if shared_weights else ((0, 64), (0, 32))
     for weight_stages, table_width in rings:
         for x_groups, x_stages in ((4, 4), (4, 3), (4, 2), (2, 4), (2, 3), (2, 2)):
             tile = HopperTile(block_r, weight_stages, x_groups, x_stages, table_width)
-            if tile.num_bytes(inner_splits) <= SHARED_MEMORY:
+            if tile.num_bytes(inner_splits, half_sums=half_sums) <= SHARED_MEMORY:
                 return tile
     raise ModelError(
         f"{block_r} rows with {inner_splits} inner splits do not fit in a processor's shared memory: "
