@@ -24,9 +24,11 @@ import triton.language as tl
 from torch import Tensor
 
 from gorgon_engine.kernels.triton.nf4_packing import BLOCK_ROWS, BLOCK_WORDS, PackedNf4, reference_weights
-from gorgon_engine.kernels.triton.nf4_plan import MAX_BLOCK_R, Nf4Plan, choose_tile, plan_nf4
+from gorgon_engine.kernels.triton.nf4_plan import Nf4Plan, choose_tile, plan_nf4
 from gorgon_protocol.errors import ModelError
 
+# With more, two stages do not fit in the 99 KiB of shared memory of consumers' GPUs.
+_PORTABLE_MAX_BLOCK_R = 32
 _SUM_BLOCK = 1024
 _BLOCK_WORDS = tl.constexpr(BLOCK_WORDS)
 
@@ -160,12 +162,12 @@ def nf4_linear(
         return partials
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ModelError(f"NF4 products take float32, float16 or bfloat16, not {x.dtype}")
-    block_r = min(max(16, triton.next_power_of_2(num_rows)), MAX_BLOCK_R)
+    block_r = min(max(16, triton.next_power_of_2(num_rows)), _PORTABLE_MAX_BLOCK_R)
     # Tiles of rows change fastest: they share the weights while they are in the cache.
     grid = (triton.cdiv(num_rows, block_r), triton.cdiv(weight.out_features, BLOCK_ROWS), plan.num_partials)
     _nf4_linear_kernel[grid](
         x, weight.words, weight.code, partials, num_rows, weight.out_features, size, plan.num_input_blocks, plan.span,
-        INNER=plan.inner_splits, BLOCK_R=block_r, num_warps=4, num_stages=3,
+        INNER=plan.inner_splits, BLOCK_R=block_r, num_warps=4, num_stages=2,
     )  # fmt: skip
     return partials
 
