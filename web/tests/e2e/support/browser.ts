@@ -1,24 +1,11 @@
 // The browser, and watched pages in it: whatever a test does, nothing may go wrong behind the picture.
 
-import { type Browser, type BrowserContextOptions, chromium, type Page } from "playwright-core";
+import type { Browser, BrowserContextOptions, Page } from "playwright-core";
 import { test as base, expect, inject } from "vitest";
+import { launch } from "./chromium";
 import { Visit } from "./visit";
 
-const CHROMIUM = process.env.CHROMIUM ?? "/usr/bin/chromium";
-const FLAGS = [
-  "--no-sandbox",
-  "--disable-gpu",
-  "--disable-quic",
-  "--no-first-run",
-  "--disable-background-networking",
-  "--disable-component-update",
-  "--disable-sync",
-];
 const PATIENCE_MILLISECONDS = 15_000;
-
-export function launch(): Promise<Browser> {
-  return chromium.launch({ executablePath: CHROMIUM, args: FLAGS });
-}
 
 interface VisitOptions extends BrowserContextOptions {
   /** Of the gateway; the shared one's if not given. */

@@ -11,7 +11,7 @@ import { setTimeout as sleep } from "node:timers/promises";
 
 /** Of the repository. */
 export const ROOT = resolve(import.meta.dirname, "../../../..");
-const VENV = resolve(process.env.GORGON_VENV ?? join(ROOT, ".venv"));
+export const VENV = resolve(process.env.GORGON_VENV ?? join(ROOT, ".venv"));
 const START_MILLISECONDS = 150_000;
 const POLL_MILLISECONDS = 50;
 
