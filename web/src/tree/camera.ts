@@ -24,8 +24,11 @@ const NUM_CALM = 48;
 const ANCHOR_SHARE = 0.3;
 const NARROW_ANCHOR_SHARE = 0.16;
 const NARROW_BELOW = 640;
-/** On a narrow view a tree is cut off rather than made too small to read. */
-const MIN_NARROW_ZOOM = 0.74;
+/**
+ * What is wider is cut off rather than made too small to read: a long chain, a lookup's mostly, is seen whole if it holds.
+ * On a narrow view a high tree is cut off as well.
+ */
+const MIN_READABLE_ZOOM = 0.74;
 const MARGIN = 16;
 
 /** The part of the world that a camera sees. */
@@ -41,8 +44,8 @@ function anchorShare(size: Size): number {
 export function wantedZoom(bounds: Bounds, size: Size): number {
   const horizontal = (size.width * (1 - anchorShare(size)) - MARGIN) / (bounds.right - bounds.left);
   const vertical = (size.height - 2 * MARGIN) / Math.max(bounds.bottom - bounds.top, 1);
-  const wanted = Math.min(horizontal, vertical);
-  return size.width < NARROW_BELOW ? Math.max(wanted, MIN_NARROW_ZOOM) : wanted;
+  const wanted = Math.min(Math.max(horizontal, MIN_READABLE_ZOOM), vertical);
+  return size.width < NARROW_BELOW ? Math.max(wanted, MIN_READABLE_ZOOM) : wanted;
 }
 
 /** The camera that has a step's root at its place and the tree in the middle. */

@@ -51,15 +51,15 @@ test("a run that still grows is looked at in the past, and followed again", asyn
   await visitor.mode("Completion");
   await visitor.set({ "Max tokens": "4000" });
   await visitor.ask("1, 2, 3, 4, 5, 6,");
-  await visitor.received(6);
+  await visitor.received(12);
   await visitor.seek(4);
-  await visitor.received(20);
+  await visitor.received(30);
   expect(await visitor.text()).toBe(textOfSteps(visitor.conversation.steps, 4));
   await page.getByRole("button", { name: "Live" }).click();
   await visitor.received(visitor.conversation.steps.length + 1);
   await expect
     .poll(async () => (await visitor.text()).length)
-    .toBeGreaterThan(textOfSteps(visitor.conversation.steps, 20).length);
+    .toBeGreaterThan(textOfSteps(visitor.conversation.steps, 30).length);
   await page.getByRole("button", { name: "Stop" }).click();
   await visitor.ended(/^stopped/);
 });

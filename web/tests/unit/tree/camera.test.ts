@@ -11,7 +11,7 @@ function boundsOf(width: number, top: number, bottom: number): Bounds {
 describe("followCamera", () => {
   it.each([
     ["small", boundsOf(300, -40, 60)],
-    ["wide", boundsOf(1800, -40, 40)],
+    ["wide", boundsOf(800, -40, 40)],
     ["high", boundsOf(300, -300, 250)],
     ["lopsided", boundsOf(300, -20, 420)],
   ])("has all of a %s tree in view at the zoom that it wants", (_, bounds) => {
@@ -33,6 +33,10 @@ describe("followCamera", () => {
       (anchor) => followCamera(anchor, boundsOf(300, -20, 20), SIZE, 0.86).x + anchor * 0.86,
     );
     expect(screenX[0]).toBeCloseTo(screenX[1] ?? 0);
+  });
+
+  it("cuts a long chain off where it could not be read", () => {
+    expect(FollowZoom.at(wantedZoom(boundsOf(2500, -40, 40), SIZE))).toBeGreaterThan(0.7);
   });
 
   it("does not make a tree unreadable on a phone", () => {
