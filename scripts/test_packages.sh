@@ -5,6 +5,7 @@ missing=()
 command -v redis-server > /dev/null || missing+=(redis-server)
 command -v curl > /dev/null || missing+=(curl)
 [ -x "${CHROMIUM:-/usr/bin/chromium}" ] || missing+=(chromium fonts-dejavu-core fonts-liberation)
+command -v docker-compose > /dev/null || missing+=(docker-compose)
 command -v promtool > /dev/null || missing+=(prometheus)
 [ ${#missing[@]} -eq 0 ] && exit 0
 if [ "$(id -u)" -eq 0 ] && command -v apt-get > /dev/null; then
