@@ -16,8 +16,8 @@ const VIEWPORT = { width: 1280, height: 800 };
 const SHARPNESS = 1.5;
 /** A step from here on is shown: the trunk should have come some way. */
 const FIRST_STEP = 12;
-/** Of the shown step: longer paths are drawn small. */
-const MAX_ACCEPTED = 4;
+/** Nodes behind it belong to chains, which say less. */
+const BUSH_DEPTH = 3;
 
 export async function main(args: string[]): Promise<void> {
   const { values } = parseArgs({ args, options: { record: { type: "boolean", default: false } } });
@@ -141,11 +141,17 @@ async function settled(page: Page): Promise<void> {
   });
 }
 
-/** Position of a step with a rich tree of which much was accepted. */
+/** Position of a step with a bushy tree of which something was accepted. */
 function bestStep(json: string): number {
-  const { run } = JSON.parse(json) as { run: { steps: { numAccepted: number; numNodes: number }[] } };
-  const worth = run.steps.map(({ numAccepted, numNodes }, step) =>
-    step < FIRST_STEP || numAccepted > MAX_ACCEPTED ? -1 : 2 * numAccepted + numNodes,
-  );
+  const { run } = JSON.parse(json) as { run: { steps: RecordedStep[] } };
+  const worth = run.steps.map(({ numAccepted, tree }, step) => {
+    if (step < FIRST_STEP || numAccepted === 0) return -1;
+    return Math.min(numAccepted, BUSH_DEPTH) + 2 * (tree?.depths.filter((depth) => depth <= BUSH_DEPTH).length ?? 0);
+  });
   return 1 + worth.indexOf(Math.max(...worth));
+}
+
+interface RecordedStep {
+  numAccepted: number;
+  tree: { depths: number[] } | null;
 }
