@@ -14,5 +14,5 @@ export default defineConfig({
       "/v1": GATEWAY,
     },
   },
-  test: { include: ["tests/unit/**/*.test.{ts,tsx}"], environment: "jsdom" },
+  test: { include: ["tests/unit/**/*.test.{ts,tsx}"], environment: "jsdom", setupFiles: ["tests/unit/setup.ts"] },
 });

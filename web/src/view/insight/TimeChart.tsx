@@ -1,5 +1,5 @@
 import { useEffect, useRef, useState } from "react";
-import type uPlot from "uplot";
+import uPlot from "uplot";
 import "uplot/dist/uPlot.min.css";
 import { short } from "../../insight/format";
 import { useSize } from "../tree/useSize";
@@ -35,16 +35,11 @@ export function TimeChart({ label, x, lines, isStacked = false, syncKey, version
   const hasRoom = width > 0;
   // biome-ignore lint/correctness/useExhaustiveDependencies: size and data come by the effects below
   useEffect(() => {
-    if (!hasRoom) return;
-    let isGone = false;
-    void import("uplot").then(({ default: Plot }) => {
-      if (isGone || place.current === null) return;
-      const { lines: now } = latest.current;
-      const options = optionsOf(now, getComputedStyle(place.current), { isStacked, syncKey, onPoint: setPointed });
-      plot.current = new Plot({ ...options, width, height: HEIGHT }, alignedData(latest.current), place.current);
-    });
+    if (!hasRoom || place.current === null) return;
+    const { lines: now } = latest.current;
+    const options = optionsOf(now, getComputedStyle(place.current), { isStacked, syncKey, onPoint: setPointed });
+    plot.current = new uPlot({ ...options, width, height: HEIGHT }, alignedData(latest.current), place.current);
     return () => {
-      isGone = true;
       plot.current?.destroy();
       plot.current = undefined;
     };
