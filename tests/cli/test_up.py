@@ -86,8 +86,15 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 def are_gone(children: dict[str, psutil.Process]) -> bool:
-    """Whoever was killed with its parent is a zombie until init has seen it."""
-    return not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children.values())
+    return all(map(is_gone, children.values()))
+
+
+def is_gone(child: psutil.Process) -> bool:
+    """Whoever was killed with its parent is a zombie until init has seen it, which may be between two looks."""
+    try:
+        return not child.is_running() or bool(child.status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
 
 
 def generate(url: str, **fields: Any) -> dict[str, Any]:
