@@ -4,7 +4,6 @@ import ipaddress
 import os
 import re
 from collections.abc import Mapping
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 from urllib.parse import urlsplit
@@ -12,10 +11,10 @@ from urllib.parse import urlsplit
 from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from gorgon_protocol.environment import one_line, read_secret, refuse_unknown
 from gorgon_protocol.errors import BadRequestError
 
 PREFIX: Final = "GORGON_GATEWAY_"
-_MAX_SECRET_BYTES: Final = 4096
 
 Seconds = Annotated[float, Field(gt=0.0, le=86_400.0, allow_inf_nan=False)]
 
@@ -99,15 +98,12 @@ class GatewaySettings(BaseSettings):
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> Self:
         """Raises `BadRequestError` in one line that names the variable. environment: `os.environ`, for its names."""
-        known = {PREFIX + name.upper() for name in cls.model_fields}
-        names = [n for n in environment or os.environ if n.upper().startswith(PREFIX)]
-        unknown = sorted(n for n in names if n.upper() not in known)
-        if unknown:
-            raise BadRequestError(f"{unknown[0]} is not a setting of the gateway: {_hint(unknown[0], known)}")
+        names = environment or os.environ
+        refuse_unknown(names, prefix=PREFIX, fields=cls.model_fields, service="gateway")
         try:
             return cls()
         except ValidationError as error:
-            raise BadRequestError(_one_line(error)) from None
+            raise BadRequestError(one_line(error, prefix=PREFIX)) from None
 
     @property
     def is_loopback(self) -> bool:
@@ -131,11 +127,11 @@ class GatewaySettings(BaseSettings):
 
     def engine_secret(self) -> str | None:
         """Raises `BadRequestError` where the file cannot be read or holds no secret."""
-        return _read_secret("ENGINE_SECRET_FILE", self.engine_secret_file)
+        return read_secret(f"{PREFIX}ENGINE_SECRET_FILE", self.engine_secret_file)
 
     def redis_password(self) -> str | None:
         """As `engine_secret`."""
-        return _read_secret("REDIS_PASSWORD_FILE", self.redis_password_file)
+        return read_secret(f"{PREFIX}REDIS_PASSWORD_FILE", self.redis_password_file)
 
     @field_validator("engines")
     @classmethod
@@ -203,37 +199,3 @@ def engine_url(url: str) -> str:
         if address.is_link_local or address.is_multicast or address.is_unspecified:
             raise ValueError(f"{shown!r} is not the address of a machine that can be an engine")
     return url.rstrip("/")
-
-
-def _read_secret(name: str, path: Path | None) -> str | None:
-    if path is None:
-        return None
-    try:
-        with path.open("rb") as file:
-            content = file.read(_MAX_SECRET_BYTES + 1).strip()
-    except OSError as error:
-        raise BadRequestError(f"{PREFIX}{name}: {path}: cannot be read: {error.strerror}") from None
-    if not content or len(content) > _MAX_SECRET_BYTES or not re.fullmatch(rb"[\x21-\x7e]+", content):
-        raise BadRequestError(
-            f"{PREFIX}{name}: {path}: must hold one line of 1 to {_MAX_SECRET_BYTES} printable characters"
-        )
-    return content.decode("ascii")
-
-
-def _one_line(error: ValidationError) -> str:
-    first = error.errors(include_url=False)[0]
-    message = " ".join(first["msg"].removeprefix("Value error, ").split())
-    if not first["loc"]:
-        return message
-    name = PREFIX + str(first["loc"][0]).upper()
-    # Kubernetes gives every container such a variable for each service of the namespace, named after it.
-    if os.environ.get(name, "").startswith("tcp://"):
-        message += " (set by Kubernetes for a service of that name: use `enableServiceLinks: false`)"
-    return f"{name}: {message}"
-
-
-def _hint(name: str, known: set[str]) -> str:
-    if re.search(r"_(SERVICE_(HOST|PORT)|PORT_\d+_TCP)", name):
-        return "Kubernetes sets it for a service of that name: use `enableServiceLinks: false`"
-    close = get_close_matches(name.upper(), known, n=1)
-    return f"did you mean {close[0]}?" if close else "see the settings table of the gateway"

@@ -4,7 +4,6 @@ import os
 import re
 import secrets
 import socket
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
@@ -12,10 +11,10 @@ from urllib.parse import urlsplit
 from pydantic import Field, StringConstraints, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from gorgon_protocol.environment import one_line, read_secret, refuse_unknown
 from gorgon_protocol.errors import BadRequestError
 
 PREFIX = "GORGON_ENGINE_"
-_MAX_SECRET_BYTES = 4096
 _ANY_ADDRESS = ("0.0.0.0", "::", "")
 
 Seconds = Annotated[float, Field(gt=0.0, le=86_400.0, allow_inf_nan=False)]
@@ -77,15 +76,11 @@ class EngineSettings(BaseSettings):
     @classmethod
     def from_environment(cls) -> Self:
         """Raises `BadRequestError` in one line that names the variable."""
-        names = [n for n in os.environ if n.upper().startswith(PREFIX)]
-        known = {PREFIX + name.upper() for name in cls.model_fields}
-        unknown = sorted(n for n in names if n.upper() not in known)
-        if unknown:
-            raise BadRequestError(f"{unknown[0]} is not a setting of the engine: {_near(unknown[0], known)}")
+        refuse_unknown(os.environ, prefix=PREFIX, fields=cls.model_fields, service="engine")
         try:
             return cls()
         except ValidationError as error:
-            raise BadRequestError(_one_line(error)) from None
+            raise BadRequestError(one_line(error, prefix=PREFIX)) from None
 
     @property
     def is_loopback(self) -> bool:
@@ -101,12 +96,12 @@ class EngineSettings(BaseSettings):
 
     def read_secret(self) -> bytes | None:
         """The secret of the file, without white space around it. Raises `BadRequestError`."""
-        return _read_secret("SECRET_FILE", self.secret_file)
+        secret = read_secret(f"{PREFIX}SECRET_FILE", self.secret_file)
+        return None if secret is None else secret.encode("ascii")
 
     def read_redis_password(self) -> str | None:
         """As `read_secret`."""
-        password = _read_secret("REDIS_PASSWORD_FILE", self.redis_password_file)
-        return None if password is None else password.decode("ascii")
+        return read_secret(f"{PREFIX}REDIS_PASSWORD_FILE", self.redis_password_file)
 
     @field_validator("advertise_url", "redis_url")
     @classmethod
@@ -138,41 +133,6 @@ class EngineSettings(BaseSettings):
                 f"{PREFIX}HOST {self.host} is every address: set {PREFIX}ADVERTISE_URL to where the gateway finds it"
             )
         return self
-
-
-def _read_secret(name: str, path: Path | None) -> bytes | None:
-    if path is None:
-        return None
-    try:
-        with path.open("rb") as file:
-            content = file.read(_MAX_SECRET_BYTES + 1).strip()
-    except OSError as error:
-        raise BadRequestError(f"{PREFIX}{name}: {path}: cannot be read: {error.strerror}") from None
-    if not content or len(content) > _MAX_SECRET_BYTES or not re.fullmatch(rb"[\x21-\x7e]+", content):
-        raise BadRequestError(
-            f"{PREFIX}{name}: {path}: must hold one line of 1 to {_MAX_SECRET_BYTES} printable characters"
-        )
-    return content
-
-
-def _one_line(error: ValidationError) -> str:
-    first = error.errors(include_url=False)[0]
-    message = first["msg"].removeprefix("Value error, ")
-    if not first["loc"]:
-        return message
-    name = PREFIX + str(first["loc"][0]).upper()
-    hint = ""
-    # Kubernetes gives every container such a variable for each service of the namespace, named after it.
-    if os.environ.get(name, "").startswith("tcp://"):
-        hint = " (set by Kubernetes for a service of that name: use `enableServiceLinks: false`)"
-    return f"{name}: {message}{hint}"
-
-
-def _near(name: str, known: set[str]) -> str:
-    if re.search(r"_(SERVICE_(HOST|PORT)|PORT_\d+_TCP)", name):
-        return "Kubernetes sets it for a service of that name: use `enableServiceLinks: false`"
-    close = get_close_matches(name.upper(), known, n=1)
-    return f"did you mean {close[0]}?" if close else "see the settings table of the engine"
 
 
 def _host_name() -> str:
