@@ -1,5 +1,5 @@
 # Every target sets up what it needs; the first one takes a few minutes (environment, packages, the small model).
-.PHONY: help setup web web-types screenshots up chat soak compose-test test test-full check format bench reference lock clean
+.PHONY: help setup web web-types screenshots up chat soak compose-test prove test test-full check format bench reference lock clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -32,7 +32,6 @@ web-types: $(READY)
 
 screenshots: $(READY)
 	scripts/test_packages.sh
-	scripts/k8s_tools.sh
 	$(BIN)/gorgon models fetch smollm2
 	scripts/web.sh $(VENV) screenshots
 
@@ -51,20 +50,18 @@ check: $(READY)
 	$(BIN)/lint-imports
 	scripts/web.sh $(VENV) check
 
-test: check web
+# What `test` and `test-full` share: everything but pytest.
+prove: check web
 	scripts/test_packages.sh
 	scripts/k8s_tools.sh
 	$(BIN)/gorgon models fetch smollm2
 	scripts/web.sh $(VENV) test
 	scripts/web.sh $(VENV) e2e
+
+test: prove
 	$(BIN)/pytest -m "not full"
 
-test-full: check web
-	scripts/test_packages.sh
-	scripts/k8s_tools.sh
-	$(BIN)/gorgon models fetch smollm2
-	scripts/web.sh $(VENV) test
-	scripts/web.sh $(VENV) e2e
+test-full: prove
 	$(BIN)/pytest
 
 soak: $(READY)
