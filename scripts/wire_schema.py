@@ -31,7 +31,7 @@ def main() -> None:
     for name, model in received["$defs"].items():
         if name == Health.__name__:
             continue  # its defaults are left out
-        model["required"] = list(model["properties"])  # what is sent is sent whole, defaults included
+        model["required"] = list(model["properties"])  # as the page reads it: what was left out is null there
     schema = {
         "type": "object",
         "required": ["sent", "received", *_ANSWERED],

@@ -108,6 +108,9 @@ class _Places:
         return (self.query_heads[:, None] * self.target.head_dim + torch.arange(self.head_dim)).flatten()
 
 
+_NONE = torch.empty(0, dtype=torch.int64)
+
+
 @dataclass(frozen=True, slots=True)
 class _Matrix:
     """Where one small matrix goes: [out, in] of the large one, and which of the rest is zero instead of junk."""
@@ -116,8 +119,8 @@ class _Matrix:
     in_features: int
     rows: Tensor  # [small out]
     columns: Tensor  # [small in]
-    zero_rows: Tensor
-    zero_columns: Tensor
+    zero_rows: Tensor = _NONE
+    zero_columns: Tensor = _NONE
     scaled_rows: int = 0  # the first small rows times `scale`
     scale: float = 1.0
 
@@ -212,7 +215,6 @@ class Lift:
             rows=self._hidden,
             columns=both,
             zero_rows=_rest(target.hidden_size, self._hidden),
-            zero_columns=_rest(0, both[:0]),
         )
         matrices = {
             "fc": fc,
@@ -265,7 +267,6 @@ class Lift:
             rows=places.qkv_rows(),
             columns=self._hidden,
             zero_rows=places.dead_qkv_rows(),
-            zero_columns=_rest(0, self._hidden[:0]),
             scaled_rows=places.query_heads.numel() * places.head_dim,
             scale=math.sqrt(target.head_dim / places.head_dim),
         )
@@ -287,8 +288,6 @@ class Lift:
             in_features=self.target.hidden_size,
             rows=torch.cat([intermediate, self.target.intermediate_size + intermediate]),
             columns=self._hidden,
-            zero_rows=_rest(0, intermediate[:0]),
-            zero_columns=_rest(0, intermediate[:0]),
         )
 
     def _down(self, intermediate: Tensor) -> _Matrix:
@@ -304,8 +303,7 @@ class Lift:
     def _lm_head(self, small: Linear) -> DenseLinear:
         assert isinstance(small, DenseLinear)
         vocabulary = self._vocabulary
-        none = vocabulary[:0]
-        matrix = _Matrix(self.target.vocab_size, self.target.hidden_size, vocabulary, self._hidden, none, none)
+        matrix = _Matrix(self.target.vocab_size, self.target.hidden_size, vocabulary, self._hidden)
         weight = self._dense(small.weight, matrix)
         bias = torch.full((self.target.vocab_size,), MASKED, dtype=weight.dtype, device=weight.device)
         bias[: vocabulary.numel()] = 0.0 if small.bias is None else small.bias

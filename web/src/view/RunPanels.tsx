@@ -1,9 +1,7 @@
 // What a run looks like inside: the tree, the replay, the insight.
 
-import type { Run } from "../run/run";
-import { startRun } from "../run/run";
-import type { Session } from "../session/session";
-import { show } from "../session/session";
+import { type Run, startRun } from "../run/run";
+import { type Session, show } from "../session/session";
 import { useVersion } from "./hooks";
 import { InsightPanel } from "./insight/InsightPanel";
 import { ReplayBar } from "./replay/ReplayBar";

@@ -109,6 +109,16 @@ class ForwardOutput:
         return self.row_logits.padded()
 
 
+def rows_for_logits(hidden: Tensor, inputs: ForwardInputs, logits_for: LogitsFor) -> Tensor:
+    """Of hidden [B, N, C] the rows whose logits are wanted: [B, N or 1 or 0, C]."""
+    if logits_for is LogitsFor.ALL:
+        return hidden
+    if logits_for is LogitsFor.NONE:
+        return hidden[:, :0]
+    last = (inputs.num_rows - 1)[:, None, None].expand(-1, 1, hidden.shape[2])
+    return hidden.gather(1, last)
+
+
 class Backbone(Protocol):
     """A loaded model on one device. Does not move the cache's lengths: only writes rows behind them."""
 

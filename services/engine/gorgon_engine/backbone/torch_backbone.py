@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from gorgon_engine.backbone.base import ForwardInputs, ForwardOutput, LogitsFor, RowLogits
+from gorgon_engine.backbone.base import ForwardInputs, ForwardOutput, LogitsFor, RowLogits, rows_for_logits
 from gorgon_engine.kernels.tree_attention import attention_mask, tree_attention
 from gorgon_engine.kv_cache import KVCache
 from gorgon_engine.models.config import BackboneConfig
@@ -70,7 +70,7 @@ class TorchBackbone:
             x = x + layer.o(attended)
             x = x + _mlp(layer, rms_norm(x, layer.post_norm, self.config.rms_norm_eps))
         hidden = rms_norm(x, weights.final_norm, self.config.rms_norm_eps)
-        logits = weights.lm_head(_select(hidden, inputs, logits_for))
+        logits = weights.lm_head(rows_for_logits(hidden, inputs, logits_for))
         return ForwardOutput(hidden=hidden, row_logits=RowLogits.of(logits))
 
     def _attention(
@@ -118,16 +118,6 @@ def _fused_attention(config: BackboneConfig, device: torch.device, dtype: torch.
     from gorgon_engine.kernels.triton.attention import attention
 
     return attention
-
-
-def _select(hidden: Tensor, inputs: ForwardInputs, logits_for: LogitsFor) -> Tensor:
-    """The rows whose logits are wanted."""
-    if logits_for is LogitsFor.ALL:
-        return hidden
-    if logits_for is LogitsFor.NONE:
-        return hidden[:, :0]
-    last = (inputs.num_rows - 1)[:, None, None].expand(-1, 1, hidden.shape[2])
-    return hidden.gather(1, last)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

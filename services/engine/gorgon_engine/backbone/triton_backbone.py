@@ -1,9 +1,8 @@
-"""The forward pass of a GPU through the project's own Triton kernels: nine launches a layer, row-invariant.
+"""The forward pass of a GPU through the project's own Triton kernels: nine launches a layer.
 
 The residual stream is float32; between the kernels rows are 16-bit. A product leaves partial sums [S, R, out], which
-the kernel behind it adds up: no pass over them of their own. Every kernel is made to give a row's bits whatever the
-other rows, so that tree verification gives what plain decoding gives, and the shapes depend on (B, N) alone: a CUDA
-graph can hold it.
+the kernel behind it adds up: no pass over them of their own. The products and the small kernels are made to give a
+row's bits whatever the other rows; the shapes depend on (B, N) alone: a CUDA graph can hold it.
 """
 
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from gorgon_engine.backbone.base import ForwardInputs, ForwardOutput, LogitsFor, RowLogits
+from gorgon_engine.backbone.base import ForwardInputs, ForwardOutput, LogitsFor, RowLogits, rows_for_logits
 from gorgon_engine.kernels.triton.attention import attention
 from gorgon_engine.kernels.triton.dense_linear import dense_linear
 from gorgon_engine.kernels.triton.rms_norm import add_rms_norm
@@ -59,7 +58,7 @@ class _Layer:
 class TritonBackbone:
     """A Llama-architecture model without sliding windows, its head dimension a power of two."""
 
-    row_invariant = True
+    row_invariant = False  # what it is made for, but `attention` still tiles by the number of rows
 
     def __init__(
         self,
@@ -106,7 +105,7 @@ class TritonBackbone:
 
     def _projected(self, hidden: Tensor, linear: DenseLinear) -> Tensor:
         rows = hidden.to(self.dtype).reshape(-1, hidden.shape[-1]).contiguous()
-        return dense_linear(rows, linear.weight, linear.bias).view(*hidden.shape[:-1], -1)
+        return dense_linear(rows, linear.weight, linear.bias).view(*hidden.shape[:-1], linear.out_features)
 
     def embed(self, tokens: Tensor) -> Tensor:
         return self._embedding[tokens]
@@ -150,13 +149,6 @@ class TritonBackbone:
             partials = layer.down(gated)
         add_rms_norm(residual, partials, self._final_norm, eps, normed)
         hidden = normed.view(batch, num_rows, -1)
-        return ForwardOutput(hidden=hidden, row_logits=RowLogits.of(self._logits(hidden, inputs, logits_for)))
-
-    def _logits(self, hidden: Tensor, inputs: ForwardInputs, logits_for: LogitsFor) -> Tensor:
-        """[B, N or 1 or 0, V]"""
-        if logits_for is LogitsFor.NONE:
-            return hidden.new_empty(hidden.shape[0], 0, self.config.vocab_size)
-        if logits_for is LogitsFor.LAST:
-            last = (inputs.num_rows - 1)[:, None, None].expand(-1, 1, hidden.shape[2])
-            hidden = hidden.gather(1, last)
-        return self.project(hidden)
+        return ForwardOutput(
+            hidden=hidden, row_logits=RowLogits.of(self.project(rows_for_logits(hidden, inputs, logits_for)))
+        )

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from gorgon_engine.kernels.triton.nf4_packing import BLOCK_ROWS, BLOCK_WORDS, PackedNf4, reference_weights
 from gorgon_engine.kernels.triton.nf4_plan import Nf4Plan, choose_tile, plan_nf4
+from gorgon_engine.kernels.triton.partials import add_partials
 from gorgon_protocol.errors import ModelError
 
 # With more, two stages do not fit in the 99 KiB of shared memory of consumers' GPUs.
@@ -104,15 +105,6 @@ def _dequantize_kernel(  # type: ignore[no-untyped-def]
         column = tl.program_id(0) * 256 + group * 64 + lane
         inside = (output < num_outputs)[:, None] & (column < size)[None, :]
         tl.store(out_ptr + output.to(tl.int64)[:, None] * size + column[None, :], weights, mask=inside)
-
-
-@triton.jit
-def add_partials(partials_ptr, at, stride, mask, NUM_PARTIALS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """sum_s partials[s], s ascending, at offsets `at` of a part, for kernels that read a product. stride: of s."""
-    total = tl.load(partials_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    for part in tl.static_range(1, NUM_PARTIALS):
-        total += tl.load(partials_ptr + part * stride + at, mask=mask, other=0.0).to(tl.float32)
-    return total
 
 
 @triton.jit(do_not_specialize=["size"])

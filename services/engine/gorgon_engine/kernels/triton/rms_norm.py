@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gorgon_engine.kernels.triton.partials import add_partials
+
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _add_rms_norm_kernel(  # type: ignore[no-untyped-def]
@@ -24,10 +26,8 @@ def _add_rms_norm_kernel(  # type: ignore[no-untyped-def]
     dims = tl.arange(0, BLOCK)
     inside = dims < size
     x = tl.load(residual_ptr + row * size + dims, mask=inside, other=0.0).to(tl.float32)
-    for part in tl.static_range(NUM_PARTIALS):
-        at = (part * num_rows + row) * size + dims
-        x += tl.load(partials_ptr + at, mask=inside, other=0.0).to(tl.float32)
     if NUM_PARTIALS > 0:
+        x += add_partials(partials_ptr, row * size + dims, num_rows * size, inside, NUM_PARTIALS)
         tl.store(residual_ptr + row * size + dims, x, mask=inside)
     scale = tl.rsqrt(tl.sum(x * x, 0) / size + eps)
     weight = tl.load(weight_ptr + dims, mask=inside, other=0.0).to(tl.float32)

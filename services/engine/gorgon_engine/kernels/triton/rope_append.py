@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gorgon_engine.kernels.triton.partials import add_partials
+
 
 @triton.jit(do_not_specialize=["num_rows", "rows_each", "num_positions"])
 def _rope_append_kernel(  # type: ignore[no-untyped-def]
@@ -29,12 +31,10 @@ def _rope_append_kernel(  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     lane = tl.arange(0, HALF)
-    low = tl.zeros([HALF], tl.float32)
-    high = tl.zeros([HALF], tl.float32)
-    for part in tl.static_range(NUM_PARTIALS):
-        at = ((part * num_rows + row) * all_heads + head) * head_dim + lane
-        low += tl.load(partials_ptr + at).to(tl.float32)
-        high += tl.load(partials_ptr + at + HALF).to(tl.float32)
+    at, stride = (row * all_heads + head) * head_dim + lane, num_rows * all_heads * head_dim
+    inside = lane < HALF
+    low = add_partials(partials_ptr, at, stride, inside, NUM_PARTIALS)
+    high = add_partials(partials_ptr, at + HALF, stride, inside, NUM_PARTIALS)
     is_value = head >= NUM_HEADS + NUM_KV_HEADS
     if not is_value:
         if HAS_NORMS:

@@ -10,6 +10,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import silu
 
+from gorgon_engine.kernels.triton.partials import add_partials
+
 _BLOCK = 1024
 
 
@@ -20,12 +22,9 @@ def _silu_mul_kernel(  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = place < size
-    gate = tl.zeros([BLOCK], tl.float32)
-    up = tl.zeros([BLOCK], tl.float32)
-    for part in tl.static_range(NUM_PARTIALS):
-        at = (part * num_rows + row) * 2 * size + place
-        gate += tl.load(partials_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        up += tl.load(partials_ptr + at + size, mask=inside, other=0.0).to(tl.float32)
+    at, stride = row * 2 * size + place, num_rows * 2 * size
+    gate = add_partials(partials_ptr, at, stride, inside, NUM_PARTIALS)
+    up = add_partials(partials_ptr, at + size, stride, inside, NUM_PARTIALS)
     y = gate / (1.0 + tl.exp(-gate)) * up
     tl.store(out_ptr + row * size + place, y.to(out_ptr.dtype.element_ty), mask=inside)
 
