@@ -41,6 +41,13 @@ def wait_until_idle(engine: Service) -> None:
         time.sleep(0.02)
 
 
+def wait_for_the_queue(engine: Service, num_waiting: int) -> None:
+    end = time.monotonic() + SETTLE_SECONDS
+    while (info := engine.get("/info"))["num_waiting"] < num_waiting:
+        assert time.monotonic() < end, info
+        time.sleep(0.02)
+
+
 def num_generated(engine: Service) -> float:
     """Tokens that the engine has made in its life."""
     lines = engine.get_text("/metrics").splitlines()
@@ -78,10 +85,13 @@ def test_a_vanished_client_leaves_the_queue(engine: Service, gateway: Service) -
     async def vanish() -> None:
         sockets = [open_socket(gateway.url) for _ in range(8)]
         opened = [await one.__aenter__() for one in sockets]
-        for websocket in opened:
+        for websocket in opened[:4]:  # as many as there are slots: the rest can only wait
             await websocket.send(json.dumps(ENDLESS))
-        await receive(opened[0], until=lambda generation: bool(generation.token_ids))
-        for websocket in opened:
+            await receive(websocket, until=lambda generation: bool(generation.token_ids))
+        for websocket in opened[4:]:
+            await websocket.send(json.dumps(ENDLESS))
+        await asyncio.to_thread(wait_for_the_queue, engine, 4)
+        for websocket in reversed(opened):  # the waiting ones first: no slot is free before they are gone
             websocket.transport.abort()
         for one in sockets:
             await one.__aexit__(None, None, None)
