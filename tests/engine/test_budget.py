@@ -7,7 +7,7 @@ from gorgon_engine.budget import CostlyDrafting, TreeBudget
 from gorgon_engine.detokenizer import IncrementalDetokenizer
 from gorgon_engine.sequence import Request, Sequence, SpeculationParams
 from gorgon_engine.step import StepResult, StepSeconds
-from gorgon_engine.tree.cost_model import CostModel, Curve
+from gorgon_engine.tree.cost_model import FREE, CostModel, Curve
 
 PASS = 2.0  # seconds of a verification pass
 PLAIN_RATE = 1.0  # tokens a second without speculation
@@ -122,6 +122,20 @@ class TestTreeBudget:
         other = CostlyDrafting(0.2)
         budget.start_over(other)
         assert (budget.trust, budget.costly) == (1.0, other)
+
+    def test_a_bad_verdict_fades_where_nothing_is_put_together_any_more(self) -> None:
+        budget = TreeBudget(32, self.model)
+        for _ in range(60):
+            budget.choose(sequences([[0.9]]))
+            budget.observe(sequences([[0.9]]), result(tokens=[[1]], num_drafted=[1]))
+        dear = budget.price(2)
+        for _ in range(300):
+            budget.choose(sequences([[]]))
+            budget.observe(sequences([[]]), result(tokens=[[1]], num_drafted=[0]))
+        assert budget.price(2).tree < dear.tree / 2
+
+    def test_where_nothing_was_measured_guesses_cost_nothing(self) -> None:
+        assert TreeBudget(max_nodes=4, cost_model=None).price(3) == FREE
 
     def test_a_machine_that_is_slower_now_is_so_for_drafts_and_passes(self) -> None:
         """Everything takes ten times as long as at start-up: drafts cost no more than they did."""

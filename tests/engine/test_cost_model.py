@@ -1,10 +1,12 @@
 """The budget against brute force over all budgets."""
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gorgon_engine.tree.cost_model import CostModel, Curve
+from gorgon_engine.tree.cost_model import CostModel, Curve, Price
 
 
 def test_between_and_beyond_the_measured_points() -> None:
@@ -84,3 +86,32 @@ def test_the_longest_pass_within_a_time(budget: float, least: int, more: int) ->
     curve = Curve((4, 16), (1.0, 2.0))
     fitting = [count for count in range(least, least + more + 1) if curve.at(count) <= budget]
     assert curve.longest_within(budget, least=least, most=least + more) == max(fitting, default=least)
+
+
+@given(
+    worth=st.lists(st.lists(st.floats(0.0, 1.0), max_size=8), min_size=1, max_size=9),
+    increments=st.lists(st.floats(0.0, 1.0), min_size=16, max_size=16),
+    tree=st.floats(0.0, 0.5),
+    each=st.floats(0.0, 0.1),
+    spent=st.floats(0.0, 0.5),
+    gain=st.floats(1.0, 1.1),
+)
+def test_nothing_is_chosen_that_does_not_pay_its_price(
+    worth: list[list[float]], increments: list[float], tree: float, each: float, spent: float, gain: float
+) -> None:
+    seconds = tuple(itertools.accumulate(increments, initial=1.0))
+    model = CostModel(rows=tuple(range(1, 18)), seconds=seconds, draft_seconds=tree, draft_seconds_each=each)
+    worth = [sorted(probs, reverse=True) for probs in worth]
+    nodes = model.choose_nodes(worth, max_nodes=9, spent_seconds=spent, least_gain=gain)
+    price = model.price(len(worth), spent_seconds=spent, least_gain=gain)
+    promised = sum(max(p - price.row, 0.0) for probs in worth for p in probs)
+    if promised < price.tree - 1e-9:
+        assert nodes == [1] * len(worth)
+
+
+def test_the_price_of_a_row_is_that_of_the_cheapest() -> None:
+    model = CostModel(rows=(1, 2, 4), seconds=(1.0, 1.5, 1.6), draft_seconds=0.25)
+    assert model.price(1) == Price(row=pytest.approx(0.05), tree=pytest.approx(0.25)), "as behind the fourth"
+    convex = CostModel(rows=(1, 2, 4), seconds=(1.0, 1.5, 3.0))
+    assert convex.price(1).row == pytest.approx(0.5)
+    assert convex.price(2, least_gain=1.1).row == pytest.approx(1.1 * 2 / 1.5 * 0.75)

@@ -5,9 +5,8 @@ in tensor operations: products, attention and top-k are row-invariant, so that t
 float32 they are also those of the head in plain torch.
 """
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -30,6 +29,7 @@ from gorgon_engine.kernels.cpu.eagle import NativeEagle, NativeEagleLayer, Nativ
 from gorgon_engine.kernels.cpu.elementwise import rms_norm
 from gorgon_engine.tree.candidates import CandidateTree
 from support.eagle import make_head
+from support.native import num_threads
 
 # What a machine without the newer instructions would run; the flags only take away.
 BUILDS: dict[str, tuple[str, ...]] = {
@@ -46,16 +46,6 @@ SHAPE = EagleShape(48, 4, 2, 8, 96, num_heads=3)
 @pytest.fixture(scope="module", params=BUILDS)
 def library(request: pytest.FixtureRequest) -> NativeLibrary:
     return load_library(BUILDS[request.param])
-
-
-@contextlib.contextmanager
-def num_threads(library: NativeLibrary, count: int) -> Iterator[None]:
-    before = library.num_threads
-    library.set_num_threads(count)
-    try:
-        yield
-    finally:
-        library.set_num_threads(before)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,9 +4,8 @@ Products, norms, SiLU and top-k are row-invariant and shared by both, so that th
 those steps is compared with torch alone here, in test_native_kernels.py and in test_native_drafting.py.
 """
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -28,6 +27,7 @@ from gorgon_engine.kernels.cpu.drafting import TopLogProbs, top_log_probs
 from gorgon_engine.kernels.cpu.elementwise import add_silu, add_silu_reference, rms_norm, rms_norm_reference
 from gorgon_engine.kernels.cpu.hydra import NativeHydra, NativeHydraHead
 from gorgon_engine.tree.candidates import CandidateTree
+from support.native import num_threads
 
 # What a machine without the newer instructions would run; the flags only take away.
 BUILDS = {
@@ -41,16 +41,6 @@ FIELDS = ("tokens", "parents", "log_probs", "ranks")
 @pytest.fixture(scope="module", params=BUILDS)
 def library(request: pytest.FixtureRequest) -> NativeLibrary:
     return load_library(BUILDS[request.param])
-
-
-@contextlib.contextmanager
-def num_threads(library: NativeLibrary, count: int) -> Iterator[None]:
-    before = library.num_threads
-    library.set_num_threads(count)
-    try:
-        yield
-    finally:
-        library.set_num_threads(before)
 
 
 @dataclass(frozen=True, slots=True)

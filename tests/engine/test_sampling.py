@@ -16,9 +16,11 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from gorgon_engine.kernels.cpu import load_library
 from gorgon_engine.random import Stream, gumbel_noise, philox, uniform
 from gorgon_engine.sampling import SamplingBatch, SamplingParams, TokenCounts, process_logits, sample
 from gorgon_protocol.errors import BadRequestError
+from support.native import num_threads
 from support.statistics import chi_square_pvalue
 
 VOCAB = 211
@@ -172,16 +174,35 @@ def test_empty_stop_strings_are_refused() -> None:
         SamplingParams(stop=("a", ""))
 
 
-@settings(max_examples=40, deadline=None)
-@given(seed=st.integers(0, 2**31), temperature=st.sampled_from([0.0, 0.3, 1.0, 4.0]), position=st.integers(0, 2**40))
-def test_the_native_sampler_draws_the_same_token(seed: int, temperature: float, position: int) -> None:
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    temperature=st.sampled_from([0.0, 0.3, 1.0, 4.0]),
+    position=st.integers(0, 2**40),
+    vocab=st.sampled_from([1, 3, 257, 2003, 16_391]),
+    threads=st.sampled_from([1, 2, 3]),
+)
+def test_the_native_sampler_draws_the_same_token(
+    seed: int, temperature: float, position: int, vocab: int, threads: int
+) -> None:
     generator = torch.Generator().manual_seed(seed)
-    logits = torch.randn(3, 2003, generator=generator) * float(torch.rand((), generator=generator)) * 20
-    batch = batch_of(*[SamplingParams(temperature=temperature, seed=seed + row) for row in range(3)], vocab=2003)
+    logits = torch.randn(3, vocab, generator=generator) * float(torch.rand((), generator=generator)) * 20
+    logits[1, torch.rand(vocab, generator=generator) < 0.5] = -torch.inf  # as filters leave it
+    logits[1, seed % vocab] = 0.0
+    batch = batch_of(*[SamplingParams(temperature=temperature, seed=seed + row) for row in range(3)], vocab=vocab)
     positions = torch.tensor([position, position + 1, position])
     target = process_logits(logits, batch, None)
-    noise = gumbel_noise(batch.seeds, positions, 2003) if temperature else 0.0
-    assert torch.equal(sample(target, batch, positions), (target + noise).argmax(dim=1))
+    noise = gumbel_noise(batch.seeds, positions, vocab) if temperature else 0.0
+    with num_threads(load_library(), threads):
+        assert torch.equal(sample(target, batch, positions), (target + noise).argmax(dim=1))
+
+
+def test_the_native_sampler_survives_what_is_no_distribution() -> None:
+    logits = torch.stack([torch.full((5000,), torch.nan), torch.full((5000,), -torch.inf), torch.full((5000,), 1.0)])
+    batch = batch_of(*[SamplingParams(temperature=1.0, seed=row) for row in range(3)], vocab=5000)
+    tokens = sample(logits, batch, torch.tensor([7, 7, 7]))
+    assert tokens[:2].tolist() == [0, 0]
+    assert tokens[2] == gumbel_noise(batch.seeds[2], torch.tensor(7), 5000).argmax()
 
 
 @settings(max_examples=40, deadline=None)

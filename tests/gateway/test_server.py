@@ -14,6 +14,9 @@ from pathlib import Path
 import httpx
 import pytest
 
+from gorgon_gateway.app import create_app
+from gorgon_gateway.server import make_config
+from gorgon_gateway.settings import GatewaySettings
 from support.clients import Generation, generate, has_begun, open_socket, receive
 from support.fake_engine import FakeEngine
 from support.services import Service, gateway_service
@@ -95,6 +98,14 @@ async def with_streams(gateway: Service, numbers: list[int]) -> tuple[list[Gener
             assert (refused.status_code, refused.json()["error"]["code"]) == (503, "unavailable")
         await idle.wait_closed()
         return await streams, idle.close_code
+
+
+def test_who_reads_slowly_is_not_taken_for_dead() -> None:
+    """A pong comes behind everything that the reader has not read yet, and for that it has its own time."""
+    settings = GatewaySettings(slow_reader_seconds=77.0)
+    config = make_config(create_app(settings, {}), settings)
+    assert config.ws_ping_timeout is not None
+    assert config.ws_ping_timeout > settings.slow_reader_seconds
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from websockets.asyncio.client import ClientConnection
+from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from gorgon_gateway.callers import new_key
@@ -281,6 +281,19 @@ def test_a_name_that_is_made_to_point_here_does_not_lead_in(gateway: RunningGate
 
     with pytest.raises(InvalidStatus):
         asyncio.run(knock())
+
+
+def test_a_wrong_path_is_not_found(gateway: RunningGateway) -> None:
+    async def knock() -> None:
+        async with connect(f"ws://127.0.0.1:{gateway.port}/generate", proxy=None):
+            pass
+
+    with pytest.raises(InvalidStatus) as refused:
+        asyncio.run(knock())
+    assert refused.value.response.status_code == 404
+    error = json.loads(refused.value.response.body)["error"]
+    assert error["code"] == "not_found"
+    assert "/generate_stream" in error["message"]
 
 
 def test_a_key_opens_by_header_and_by_subprotocol(engine: FakeEngine, tmp_path: Any) -> None:

@@ -16,7 +16,7 @@ from support.clients import Generation, generate, open_slow_socket, open_socket,
 from support.services import Service, engine_service, gateway_service
 
 ENDLESS: dict[str, Any] = {"prompt": "the cat", "max_tokens": 8000, "ignore_eos": True}
-SETTLE_SECONDS = 20.0
+SETTLE_SECONDS = 60.0
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,12 @@ def engine(tiny: Path) -> Iterator[Service]:
 @pytest.fixture(scope="module")
 def gateway(engine: Service) -> Iterator[Service]:
     with gateway_service(
-        engine, header_seconds=1.0, body_seconds=1.0, first_message_seconds=1.0, max_body_bytes=20_000
+        engine,
+        header_seconds=1.0,
+        body_seconds=1.0,
+        first_message_seconds=1.0,
+        slow_reader_seconds=120.0,
+        max_body_bytes=20_000,
     ) as gateway:
         yield gateway
 

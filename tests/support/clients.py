@@ -47,7 +47,13 @@ class Generation:
 @asynccontextmanager
 async def open_socket(url: str, **arguments: Any) -> AsyncIterator[ClientConnection]:
     """`url` is the gateway's."""
-    arguments = {"compression": None, "proxy": None, "open_timeout": RECEIVE_SECONDS, **arguments}
+    arguments = {
+        "compression": None,
+        "proxy": None,
+        "ping_interval": None,
+        "open_timeout": RECEIVE_SECONDS,
+        **arguments,
+    }
     async with connect(url.replace("http", "ws", 1) + "/generate_stream", **arguments) as socket:
         yield socket
 

@@ -29,6 +29,9 @@ from gorgon_engine.tree.tree import TreeBatch, tree_mask
 TYPICAL_THRESHOLD = 0.09
 TYPICAL_ALPHA = 0.3
 
+# Drawing behind so many nodes that no walk may reach costs a CPU no more than the small operations of walking on.
+_EAGER_DRAWS = 24
+
 
 class AcceptanceRule(StrEnum):
     LOSSLESS = "lossless"
@@ -108,15 +111,13 @@ class _Walks:
         self._sampling = sampling
         self._counts = counts
         self._rule = rule
-        # Where only the largest logit counts, all nodes are looked at in one go.
-        is_argmax = rule is AcceptanceRule.LOSSLESS and sampling.is_argmax
-        self._best = argmax(logits.flat) if is_argmax else None  # [M]
+        self._drawn = self._draw_everywhere() if rule is AcceptanceRule.LOSSLESS else None  # [M]
 
     def next_tokens(self, depth: int, node: Tensor, is_child: Tensor, active: Tensor) -> Tensor:
         """What follows `node` [B], at `depth`, in the trees whose walk is `active` [B] bool: tokens [B]."""
         rows = torch.arange(node.shape[0], device=node.device)
-        if self._best is not None:
-            return self._best[self._logits.places(rows, node)]
+        if self._drawn is not None:
+            return self._drawn[self._logits.places(rows, node)]
         sampling, counts, positions = self._sampling, self._counts, self._positions + depth + 1
         if self._rule is not AcceptanceRule.LOSSLESS:
             target = process_logits(self._logits.at(rows, node), sampling, counts)
@@ -130,6 +131,23 @@ class _Walks:
         sampling, counts = sampling.select(some), None if counts is None else counts.select(some)
         target = process_logits(self._logits.at(some, node[some]), sampling, counts)
         return torch.zeros_like(node).index_copy_(0, some, sample(target, sampling, positions[some]))
+
+    def _draw_everywhere(self) -> Tensor | None:
+        """What follows each row of the logits [M], where that is no waste: None else, and where penalties make it
+        depend on the walk."""
+        tree, logits = self._tree, self._logits
+        if self._sampling.is_argmax:
+            return argmax(logits.flat)
+        batch, num_rows = tree.tokens.shape[0], logits.flat.shape[0]
+        is_plain, on_cpu = logits.width == 1, logits.flat.device.type == "cpu"
+        if self._counts is not None or is_plain or not on_cpu or num_rows - batch > _EAGER_DRAWS:
+            return None
+        owners, nodes = tree.valid.nonzero(as_tuple=True)
+        if owners.shape[0] != num_rows:  # there is padding
+            return None
+        sampling = self._sampling.select(owners)
+        positions = self._positions[owners] + tree.depths[owners, nodes] + 1
+        return sample(process_logits(logits.flat, sampling, None), sampling, positions)
 
 
 def _reject_children(

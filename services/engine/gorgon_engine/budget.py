@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from gorgon_engine.sequence import Sequence
 from gorgon_engine.step import StepResult
-from gorgon_engine.tree.cost_model import CostModel, Curve
+from gorgon_engine.tree.cost_model import FREE, CostModel, Curve, Price
 
 # Weight of one step in the running comparison of promised and real acceptance, and how fast a verdict fades while the
 # engine decodes plainly and learns nothing new.
@@ -132,6 +132,14 @@ class TreeBudget:
         """Whether the draft that closes a step of so many sequences should run the costly drafters too."""
         return self.costly is None or self.costly.wanted(batch)
 
+    def price(self, batch: int) -> Price:
+        """What the guesses for so many sequences must promise, by the drafters' own probabilities, for trees to be put
+        together at all."""
+        if self.cost_model is None:
+            return FREE
+        price = self.cost_model.price(batch, spent_seconds=self._spent_seconds(batch), least_gain=_LEAST_GAIN)
+        return Price(row=price.row / self.trust, tree=price.tree / self.trust)
+
     def plain_tokens_per_second(self, batch: int) -> float | None:
         """Of each of so many sequences, decoded plainly; None where nothing was measured."""
         return None if self.cost_model is None else 1.0 / self.cost_model.plain_seconds(batch)
@@ -152,10 +160,8 @@ class TreeBudget:
         else:
             trust, batch = self.trust, len(sequences)
             worth = [[min(p * trust, 1.0) for p in probs] for probs in drafted]
-            costly = self.costly if self.costly is not None and self.costly.wanted(batch) else None
-            spent = 0.0 if costly is None else costly.draft_seconds(batch)
             nodes = self.cost_model.choose_nodes(
-                worth, max_nodes=self.max_nodes, spent_seconds=spent, least_gain=_LEAST_GAIN
+                worth, max_nodes=self.max_nodes, spent_seconds=self._spent_seconds(batch), least_gain=_LEAST_GAIN
             )
         self._last_promise = sum(sum(probs[: n - 1]) for probs, n in zip(drafted, nodes, strict=True))
         return nodes
@@ -166,10 +172,14 @@ class TreeBudget:
             accepted = sum(len(tokens) - 1 for tokens in result.tokens)
             self._accepted += _LEARNING_RATE * (accepted - self._accepted)
             self._promised += _LEARNING_RATE * (self._last_promise - self._promised)
-        elif any(sequence.path_probs for sequence in sequences):
+        elif result.drafted:
             self._accepted += _FADING_RATE * (self._promised - self._accepted)
         if self.costly is not None and self.cost_model is not None and result.drafted:
             self._judge(self.costly, self.cost_model, result)
+
+    def _spent_seconds(self, batch: int) -> float:
+        """What a step of so many sequences costs beside its pass whatever is verified."""
+        return 0.0 if self.costly is None or not self.costly.wanted(batch) else self.costly.draft_seconds(batch)
 
     def _judge(self, costly: CostlyDrafting, model: CostModel, result: StepResult) -> None:
         batch, measured = len(result.tokens), result.seconds

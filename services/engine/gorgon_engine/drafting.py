@@ -17,6 +17,7 @@ from gorgon_engine.drafters.base import Committed, DraftContext, Drafter, Statef
 from gorgon_engine.kv_cache import KVCache
 from gorgon_engine.transfer import to_device
 from gorgon_engine.tree.candidates import CandidateTree
+from gorgon_engine.tree.cost_model import FREE, Price
 from gorgon_engine.tree.tree import MergedCandidates, merge_candidates
 
 # The part of the history that is looked at is rounded up to this many positions, so that a GPU sees few shapes.
@@ -83,11 +84,12 @@ class Drafting:
             drafter.observe(committed)
 
     def propose(
-        self, batch: RunningBatch, max_length: int, rows: DraftRows, *, costly: bool
+        self, batch: RunningBatch, max_length: int, rows: DraftRows, *, costly: bool, price: Price = FREE
     ) -> MergedCandidates | None:
         """Continuations of the roots, best first; None where there is none at all.
 
         max_length: the host's upper bound of the committed lengths. costly: by the drafters that run a network too.
+        price: what they must promise, on a CPU.
         """
         if rows.are_none:
             return None
@@ -100,9 +102,11 @@ class Drafting:
             seeds=batch.sampling.seeds,
             slots=batch.slots,
         )
-        return self.guess(context, rows, costly=costly)
+        return self.guess(context, rows, costly=costly, price=price)
 
-    def guess(self, context: DraftContext, rows: DraftRows = ALL_ROWS, *, costly: bool) -> MergedCandidates | None:
+    def guess(
+        self, context: DraftContext, rows: DraftRows = ALL_ROWS, *, costly: bool, price: Price = FREE
+    ) -> MergedCandidates | None:
         """What the drafters make of a context, merged."""
         if self.max_nodes == 1:
             return None
@@ -113,9 +117,8 @@ class Drafting:
                 forests.append(self._forest(drafter, context, chosen))
         if not forests:
             return None
-        # On a CPU a look at the guesses costs nothing: where there are none, the next step is a plain one at no cost.
-        on_cpu = context.root_tokens.device.type == "cpu"
-        if on_cpu and not any(bool((f.log_probs > -torch.inf).any()) for f in forests):
+        # On a CPU a look at the guesses costs nothing: where they promise too little, the next step is a plain one.
+        if context.root_tokens.device.type == "cpu" and not _pays(forests, price):
             return None
         return merge_candidates(forests, max_nodes=self.max_nodes, max_depth=self.max_depth)
 
@@ -125,6 +128,12 @@ class Drafting:
         index = to_device(rows, context.root_tokens.device)
         forest = drafter.propose(context.select(index), self.max_nodes - 1)
         return forest.spread(index, context.root_tokens.shape[0])
+
+
+def _pays(forests: Sequence[CandidateTree], price: Price) -> bool:
+    """Whether guesses promise more than they cost, those that several drafters make counted as often."""
+    gains = sum(float((forest.log_probs.exp() - price.row).clamp(min=0.0).sum()) for forest in forests)
+    return gains > price.tree
 
 
 def chosen_rows(rows: Sequence[int], batch: int) -> tuple[int, ...] | None:

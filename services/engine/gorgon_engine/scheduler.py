@@ -172,7 +172,12 @@ class Scheduler:
                 self._budget.choose(sequences),
                 max_length=max(s.committed_length for s in sequences),
                 rule=_rule_of(sequences[0]),
-                wanted=wanted_of(sequences, self._drafters_epoch, costly=self._budget.wants_costly(len(sequences))),
+                wanted=wanted_of(
+                    sequences,
+                    self._drafters_epoch,
+                    costly=self._budget.wants_costly(len(sequences)),
+                    price=self._budget.price(len(sequences)),
+                ),
             )
             self._budget.observe(sequences, result)
             group.batch = result.batch

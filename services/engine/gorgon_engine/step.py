@@ -23,6 +23,7 @@ from gorgon_engine.kv_cache import KVCache
 from gorgon_engine.logprobs import TokenLogprobs, gather_logprobs, token_logprobs
 from gorgon_engine.sampling import SamplingBatch, TokenCounts, process_logits, sample
 from gorgon_engine.transfer import read_back, to_device
+from gorgon_engine.tree.cost_model import FREE, Price
 from gorgon_engine.tree.tree import TreeBatch, flatten
 
 T = TypeVar("T")
@@ -38,6 +39,7 @@ class Wanted:
     trace_rows: tuple[int, ...] | None = None
     draft: bool = True  # a next tree to verify; False = plain decoding, at no cost
     costly: bool = True  # drafted by the drafters that run a network too
+    price: Price = FREE  # of the next tree: what promises less is not put together
     rows: DraftRows = ALL_ROWS  # drafted for
 
 
@@ -320,7 +322,7 @@ class SpeculativeStep:
         wanted = wanted or Wanted()
         candidates = None
         if wanted.draft:
-            candidates = self.drafting.propose(batch, max_length, wanted.rows, costly=wanted.costly)
+            candidates = self.drafting.propose(batch, max_length, wanted.rows, costly=wanted.costly, price=wanted.price)
         return replace(batch, candidates=candidates)
 
 

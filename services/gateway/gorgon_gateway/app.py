@@ -16,6 +16,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.routing import WebSocketRoute
+from starlette.websockets import WebSocket
 
 from gorgon_gateway import openai, rest
 from gorgon_gateway.gateway import Gateway
@@ -27,6 +28,7 @@ from gorgon_gateway.settings import GatewaySettings
 from gorgon_protocol.errors import BadRequestError, GorgonError, NotFoundError
 from gorgon_protocol.requests import DetokenizeRequest, GenerateRequest, TokenizeRequest
 
+_STREAM: Final = "/generate_stream"
 _DESCRIPTION: Final = """Lossless tree-speculative inference.
 
 Streams with the tree of every step: WebSocket `/generate_stream`, one `GenerateRequest` a generation."""
@@ -72,8 +74,14 @@ def create_app(settings: GatewaySettings, environment: Mapping[str, str] | None 
 def _add_routes(app: FastAPI, gateway: Gateway) -> None:
     app.include_router(rest.make_router(gateway))
     app.include_router(openai.make_router(gateway.relay, gateway.engines, gateway.settings))
-    app.router.routes.append(WebSocketRoute("/generate_stream", gateway.stream))
+    app.router.routes.append(WebSocketRoute(_STREAM, gateway.stream))
+    app.router.routes.append(WebSocketRoute("/{path:path}", _no_such_socket))
     app.router.routes.extend(page_routes(gateway.settings.web_root))
+
+
+async def _no_such_socket(websocket: WebSocket) -> None:
+    """Starlette's own refusal is a 403 without a word."""
+    raise NotFoundError(f"{websocket.scope['path'][:200]}: no such WebSocket: use {_STREAM}")
 
 
 def _add_middleware(app: FastAPI, gateway: Gateway) -> None:

@@ -100,7 +100,7 @@ def make_config(app: ASGIApp, settings: GatewaySettings) -> GatewayConfig:
         ws_max_size=settings.max_body_bytes,
         ws_per_message_deflate=False,  # 35 KB a socket
         ws_ping_interval=_PING_SECONDS,
-        ws_ping_timeout=_PING_SECONDS,
+        ws_ping_timeout=settings.slow_reader_seconds + _PING_SECONDS,  # the pong waits behind what is not read yet
         lifespan="on",
         log_config=None,
         log_level="warning",

@@ -45,6 +45,17 @@ class Curve:
 
 
 @dataclass(frozen=True, slots=True)
+class Price:
+    """Accepted tokens that speculation must bring to be worth its time."""
+
+    row: float = 0.0  # of each node,
+    tree: float = 0.0  # and of all trees of a step together besides
+
+
+FREE = Price()
+
+
+@dataclass(frozen=True, slots=True)
 class CostModel:
     """Step time by number of rows and of sequences."""
 
@@ -69,6 +80,21 @@ class CostModel:
     def tree_seconds(self, num_sequences: int) -> float:
         """What trees for so many sequences cost beside the pass over them."""
         return self.draft_seconds + (num_sequences - 1) * self.draft_seconds_each
+
+    def price(self, num_sequences: int, *, spent_seconds: float = 0.0, least_gain: float = 1.0) -> "Price":
+        """What trees for so many sequences must promise to be chosen at all, by the cheapest that rows ever are; the
+        arguments are those of `choose_nodes`."""
+        pricing, plain = self._pricing(num_sequences), self.plain_seconds(num_sequences)
+        rate = least_gain * num_sequences / (plain + spent_seconds)
+        # Linear between what was measured: the mean is least at one of those, or further on, where it nears the slope.
+        beyond = max(self.rows[-1], num_sequences)
+        knots = [count for count in self.rows if count > num_sequences]
+        row_seconds = min(
+            [pricing.at(beyond + 1) - pricing.at(beyond)]
+            + [(pricing.at(count) - pricing.at(num_sequences)) / (count - num_sequences) for count in knots]
+        )
+        tree = rate * (plain + spent_seconds + self.tree_seconds(num_sequences)) - num_sequences
+        return Price(row=rate * row_seconds, tree=tree)
 
     def choose_nodes(
         self,

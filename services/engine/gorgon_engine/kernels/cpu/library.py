@@ -90,7 +90,7 @@ class NativeLibrary:
         self._declare("gorgon_advise_huge_pages", None, pointer, ctypes.c_int64)
         self._declare("gorgon_linear", ctypes.c_int, ctypes.POINTER(PackedMatrix), pointer, ctypes.c_int64, pointer)
         shape = (ctypes.c_int64, ctypes.c_int64)
-        self._declare("gorgon_gumbel_argmax", None, pointer, *shape, pointer, pointer, ctypes.c_int32, pointer)
+        self._declare("gorgon_gumbel_argmax", ctypes.c_int, pointer, *shape, pointer, pointer, ctypes.c_int32, pointer)
         self._declare("gorgon_top_log_probs", ctypes.c_int, pointer, *shape, ctypes.c_int64, pointer, pointer)
         self._declare("gorgon_rms_norm", None, pointer, pointer, *shape, ctypes.c_float, pointer)
         self._declare("gorgon_add_silu", None, pointer, pointer, ctypes.c_int64, pointer)
