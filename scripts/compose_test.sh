@@ -203,7 +203,7 @@ check generate "$gateway"
 engine=$(container engine)
 began=$(docker inspect --format '{{.State.StartedAt}}' "$engine")
 say "training heads and publishing them into the volume that the engine follows"
-compose --profile trainer run --rm trainer > "$work/trainer.log" 2>&1 || fail "trainer: $(tail -n 3 "$work/trainer.log")"
+compose --profile trainer run --rm --use-aliases trainer > "$work/trainer.log" 2>&1 || fail "trainer: $(tail -n 3 "$work/trainer.log")"
 check heads "$gateway" smoke-hydra@1
 check generate "$gateway"
 [ "$(docker inspect --format '{{.State.StartedAt}}' "$engine")" = "$began" ] || fail "the engine was started again"

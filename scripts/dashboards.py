@@ -35,6 +35,7 @@ class Panel:
     width: int = 8
     height: int = 7
     maximum: float | None = None
+    shows_name: bool = False  # a stat's legend, not its value
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,7 +216,69 @@ GATEWAY = Dashboard(
     ),
 )  # fmt: skip
 
-DASHBOARDS: Sequence[Dashboard] = (OVERVIEW, SPECULATION, GATEWAY)
+TRAINER = Dashboard(
+    "gorgon-trainer",
+    "Gorgon: trainer",
+    (
+        (
+            "Now",
+            (
+                Panel("Stage", "What is it doing?", "none", (Query("gorgon_trainer:stage == 1", "{{stage}}"),),
+                      kind="stat", width=4, height=4, shows_name=True),
+                stat("Progress", "How much of the training is done?", "percentunit",
+                     "max(gorgon_trainer:step / gorgon_trainer:max_steps)"),
+                stat("Left", "How long will the stage take at this pace?", "s", "max(gorgon_trainer:seconds_left)"),
+                stat("Held-out acceptance", "Tokens a step that the heads are worth by now.", "none",
+                     "max(gorgon_trainer:held_out_acceptance_length)"),
+                stat("Last checkpoint", "What would a kill cost now?", "s",
+                     "time() - max(gorgon_trainer:checkpoint_timestamp_seconds)"),
+                stat("Memory", "Resident, each process.", "bytes",
+                     "max(process_resident_memory_bytes{job=\"trainer\"})"),
+            ),
+        ),
+        (
+            "Is it learning?",
+            (
+                Panel("Loss", "Does it still fall?", "none", (Query("gorgon_trainer:loss", "{{instance}}"),)),
+                Panel("Loss by head", "Which heads find it hard? Far ones more than near ones.", "none",
+                      (Query("gorgon_trainer:head_loss", "head {{head}}"),)),
+                Panel("Learning rate", "Warm-up, then down to the end of the run.", "none",
+                      (Query("gorgon_trainer:learning_rate", "{{instance}}"),)),
+                Panel("Held-out acceptance length", "Tokens a step expected on answers not trained on: what counts. "
+                      "Falling while the loss falls too: overfitting.", "none",
+                      (Query("gorgon_trainer:held_out_acceptance_length", "{{instance}}"),)),
+                Panel("Held-out accuracy by head", "How often is a head's first choice right?", "percentunit",
+                      (Query("gorgon_trainer:held_out_accuracy", "head {{head}}"),), maximum=1.0),
+                Panel("Heads published and served", "Did the engines take up what was published? Engines by version, "
+                      "beside a 1 for each version published within the day.", "none",
+                      (Query("max by (name, version) (max_over_time(gorgon_trainer:published_info[1d]))",
+                             "{{name}}@{{version}} published"),
+                       Query("sum by (name, version) (gorgon:heads_info)", "{{name}}@{{version}} engines"))),
+            ),
+        ),
+        (
+            "How fast?",
+            (
+                Panel("Positions a second", "How fast is it trained, all processes together?", "short",
+                      (rate("gorgon_trainer:positions_total", "instance", "2m"),)),
+                Panel("Steps", "How far, of how many? Flat is a stand-still, or an evaluation.", "none",
+                      (Query("gorgon_trainer:step", "{{instance}} done"),
+                       Query("gorgon_trainer:max_steps", "{{instance}} in all"),
+                       Query("gorgon_trainer:checkpoint_step", "{{instance}} saved"))),
+                Panel("Age of the last checkpoint", "What a kill would cost: a saw-tooth.", "s",
+                      (Query("time() - gorgon_trainer:checkpoint_timestamp_seconds", "{{instance}}"),)),
+                Panel("Tokens distilled a second", "How fast does the backbone answer?", "short",
+                      (rate("gorgon_trainer:distilled_tokens_total", "instance", "2m"),)),
+                Panel("Prompts left", "How much is there to answer, by process?", "none",
+                      (Query("gorgon_trainer:prompts_left", "{{instance}}"),)),
+                Panel("Shards left", "Whole ones are on the disk: what a kill does not cost.", "none",
+                      (Query("gorgon_trainer:shards_left", "{{instance}}"),)),
+            ),
+        ),
+    ),
+)  # fmt: skip
+
+DASHBOARDS: Sequence[Dashboard] = (OVERVIEW, SPECULATION, GATEWAY, TRAINER)
 
 
 def render(dashboard: Dashboard) -> str:
@@ -279,7 +342,7 @@ def _panel(panel: Panel, number: int, left: int, top: int) -> dict[str, Any]:
         "datasource": DATASOURCE,
         "gridPos": {"x": left, "y": top, "w": panel.width, "h": panel.height},
         "fieldConfig": {"defaults": defaults, "overrides": []},
-        "options": {},
+        "options": {"textMode": "name"} if panel.shows_name else {},
         "targets": [
             {
                 "refId": chr(ord("A") + place),

@@ -17,13 +17,16 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings
 
+from gorgon_cli import train
 from gorgon_cli.main import cli
+from gorgon_cli.train_metrics import PREFIX
 from gorgon_engine.server.metrics import EngineMetrics
 from gorgon_engine.server.settings import EngineSettings
 from gorgon_gateway.app import create_app
 from gorgon_gateway.observability.metrics import GatewayMetrics
 from gorgon_gateway.settings import GatewaySettings
 from gorgon_protocol import errors, messages, metrics, requests
+from gorgon_trainer.metrics import TrainerMetrics
 
 FOLDER = Path(__file__).parents[1] / "docs" / "reference"
 NOTE = "<!-- Written by `make reference` out of the code: change that, not this. -->\n"
@@ -76,6 +79,19 @@ def settings() -> str:
     ]
     for title, model in (("The gateway", GatewaySettings), ("The engine", EngineSettings)):
         parts.append(f"\n## {title}\n\n{_settings_table(model)}")
+    rows = [
+        (
+            f"`{option.envvar}`",
+            f"`{value}`" if isinstance(value := option.default, str | float) else "unset",
+            option.help or "",
+        )
+        for option in train.distill.params
+        if isinstance(option, click.Option) and str(option.envvar).startswith(PREFIX)
+    ]
+    parts.append(
+        "\n## The trainer\n\nOf `gorgon train --preset`, `distill` and `heads`, whose options come before it. All else "
+        f"is an option alone.\n\n{table(('variable', 'default', 'what it is'), rows)}"
+    )
     return "".join(parts)
 
 
@@ -110,7 +126,11 @@ def metric_pages() -> str:
         "# Metrics\n\nFor Prometheus, at `/metrics`. Take rates of the counters (`rate()`), never quotients of their "
         "lifetime sums. A counter's samples carry the suffix `_total`, a histogram's `_bucket`, `_sum` and `_count`.\n",
     ]
-    for title, registry in (("The engine", engine.registry), ("The gateway", GatewayMetrics().registry)):
+    for title, registry in (
+        ("The engine", engine.registry),
+        ("The gateway", GatewayMetrics().registry),
+        ("The trainer, with `--metrics-port`", TrainerMetrics().registry),
+    ):
         parts.append(f"\n## {title}\n\n{_metrics_table(registry)}")
     return "".join(parts)
 

@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 import yaml
 
+from gorgon_cli.train import distill
+from gorgon_cli.train_metrics import PREFIX
 from gorgon_engine.server.settings import EngineSettings
 from gorgon_gateway.settings import GatewaySettings
 
@@ -166,6 +168,19 @@ def test_the_trainer_publishes_where_the_engines_look() -> None:
     for name in ("engine", "engine-gpu"):
         assert SERVICES[name]["environment"]["GORGON_ENGINE_STORE"] == place
         assert f"heads:{place}:ro" in SERVICES[name]["volumes"]
+
+
+def test_prometheus_finds_the_trainer() -> None:
+    environment = SERVICES["trainer"]["environment"]
+    assert environment.keys() == {option.envvar for option in distill.params if str(option.envvar).startswith(PREFIX)}
+    jobs = yaml.safe_load((ROOT / "observability" / "prometheus" / "prometheus.yml").read_text())["scrape_configs"]
+    (discovery,) = next(job for job in jobs if job["job_name"] == "trainer")["dns_sd_configs"]
+    assert discovery["names"] == ["trainer"]
+    assert str(discovery["port"]) == environment[f"{PREFIX}METRICS_PORT"]
+    assert environment[f"{PREFIX}METRICS_HOST"] == "0.0.0.0"
+    assert set(SERVICES["trainer"]["networks"]) & set(SERVICES["prometheus"]["networks"])
+    # A container of `run` has the service's name on its networks only if that is asked for.
+    assert "run --rm --use-aliases trainer" in TEXT
 
 
 def test_secrets_are_made_once_and_for_nobody_else(tmp_path: Path) -> None:

@@ -14,13 +14,19 @@ import pytest
 import yaml
 
 from gorgon_cli.main import cli as gorgon
+from gorgon_cli.train import distill
 from gorgon_engine.server.settings import EngineSettings
 from gorgon_gateway.settings import GatewaySettings
 from support.manifests import K8S, OVERLAYS, ROOT, Manifest, Overlay, Pod, tool
 from support.metrics import DASHBOARDS, RULES, exported_names
 
 KUBERNETES = ("1.30", "1.35")
-CUSTOM = ("ServiceMonitor", "PrometheusRule", "ScaledObject")  # of operators, whose schemas are not Kubernetes' own
+CUSTOM = (
+    "ServiceMonitor",
+    "PodMonitor",
+    "PrometheusRule",
+    "ScaledObject",
+)  # of operators, whose schemas are not Kubernetes' own
 SECRETS = {"engine-secret": "engine_secret", "redis-password": "redis_password", "api-keys": "api_keys"}
 CLUSTER_SCOPED = ("Namespace",)
 
@@ -224,6 +230,43 @@ def test_scrapes_find_services_and_their_jobs_are_those_of_the_rules(gpu: Overla
     engine = gpu.one("ServiceMonitor", "engine")["spec"]["endpoints"][0]
     credentials = engine["authorization"]["credentials"]
     assert SECRETS[credentials["name"]] == credentials["key"], "the engine's /metrics wants its secret"
+
+
+def told_ports(container: dict[str, Any]) -> set[int]:
+    """Where a container's trainers tell Prometheus how it goes: by its options, else by its environment."""
+    given = re.findall(r"--metrics-port=(\S+)", " ".join(container["command"])) or [
+        item["value"] for item in container.get("env", ()) if item["name"] == "GORGON_TRAINER_METRICS_PORT"
+    ]
+    loop = [str(number) for number in range(4)] if "for i in 0 1 2 3;" in container["command"][-1] else [""]
+    return {int(port.replace("$i", number)) for port in given for number in loop}
+
+
+def test_stages_of_the_trainer_tell_prometheus_at_ports_that_they_declare(overlay: Overlay) -> None:
+    variables = {option.envvar for option in distill.params if isinstance(option, click.Option) and option.envvar}
+    told: dict[str, int] = {}
+    for container in overlay.pod("CronJob/trainer").containers:
+        declared = {port["name"]: port["containerPort"] for port in container.get("ports", ())}
+        assert told_ports(container) == set(declared.values())
+        assert not declared.keys() & told.keys(), "names are a pod's"
+        told |= declared
+        environment = {item["name"]: item["value"] for item in container.get("env", ())}
+        assert environment.keys() <= variables
+        assert not declared or environment["GORGON_TRAINER_METRICS_HOST"] == "0.0.0.0"
+    assert len(told) == (5 if overlay.name == "gpu" else 1)
+
+
+def test_prometheus_finds_the_trainer_and_is_let_in(gpu: Overlay) -> None:
+    pod, monitor = gpu.pod("CronJob/trainer"), gpu.one("PodMonitor", "trainer")["spec"]
+    assert monitor["selector"]["matchLabels"].items() <= pod.labels.items()
+    assert pod.labels[monitor["jobLabel"]] == "trainer"
+    ports = {port["name"]: port["containerPort"] for one in pod.containers for port in one.get("ports", ())}
+    assert {endpoint["port"] for endpoint in monitor["podMetricsEndpoints"]} == ports.keys()
+    policy = gpu.one("NetworkPolicy", "metrics")["spec"]
+    assert selects(policy["podSelector"], pod.labels)
+    (rule,) = policy["ingress"]
+    assert rule["from"] == [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}]
+    for port in ports.values():
+        assert any(one["port"] <= port <= one.get("endPort", one["port"]) for one in rule["ports"]), port
 
 
 def allowed(overlay: Overlay, sender: dict[str, str], receiver: dict[str, str], port: int) -> bool:

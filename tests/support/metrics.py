@@ -5,6 +5,7 @@ from pathlib import Path
 
 from gorgon_engine.server.metrics import EngineMetrics
 from gorgon_gateway.observability.metrics import GatewayMetrics
+from gorgon_trainer.metrics import TrainerMetrics
 
 _OBSERVABILITY = Path(__file__).parents[2] / "observability"
 RULES = sorted((_OBSERVABILITY / "prometheus" / "rules").glob("*.yml"))
@@ -19,7 +20,7 @@ _SUFFIXES = {
 
 
 def exported_names() -> set[str]:
-    """Of every sample that engine and gateway can give."""
+    """Of every sample that engine, gateway and trainer can give."""
     engine = EngineMetrics(
         num_running=lambda: 0.0, num_waiting=lambda: 0.0, kv_cache_usage=lambda: 0.0, is_ready=lambda: 0.0
     )
@@ -27,7 +28,7 @@ def exported_names() -> set[str]:
     gateway.limiter_redis_up(True)
     return {
         family.name + suffix
-        for registry in (engine.registry, gateway.registry)
+        for registry in (engine.registry, gateway.registry, TrainerMetrics().registry)
         for family in registry.collect()
         for suffix in _SUFFIXES[family.type]
     }

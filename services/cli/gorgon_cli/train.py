@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from gorgon_cli.loading import import_engine
 from gorgon_cli.options import DTYPES, KERNELS, QUANTIZATIONS
 from gorgon_cli.train_data import data
+from gorgon_cli.train_metrics import MetricsOptions, metrics_options
 from gorgon_engine.runtime import set_threads, silence_libraries
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ _FOLDER = click.Path(path_type=Path, file_okay=False)
               help="With --preset: what to measure on. Default: held-out prompts.")  # fmt: skip
 @click.option("--never-train", type=click.Path(path_type=Path, dir_okay=False), multiple=True, metavar="FILE.jsonl",
               help="With --preset: prompts to keep out of the training data.")  # fmt: skip
+@metrics_options
 @click.pass_context
 def train(
     ctx: click.Context,
@@ -44,6 +47,7 @@ def train(
     device: str | None,
     prompts: Path | None,
     never_train: tuple[Path, ...],
+    metrics: MetricsOptions,
 ) -> None:
     """Train draft heads: data, distill, heads, evaluate, one after the other; or all of them by --preset.
 
@@ -52,22 +56,33 @@ def train(
     if ctx.invoked_subcommand is not None:
         if preset is not None:
             raise click.UsageError("give a stage or a --preset, not both", ctx)
+        if ctx.get_parameter_source("metrics_port") is ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"--metrics-port belongs behind the stage: `{ctx.invoked_subcommand}`", ctx)
         return
     if preset is None:
         click.echo(ctx.get_help())
         return
     if out is None:
         raise click.UsageError("--preset needs --out DIR: where the run is kept", ctx)
-    import_engine()
-    silence_libraries()
-    from gorgon_trainer.pipeline import run_preset
-    from gorgon_trainer.presets import PRESETS as ALL
+    with metrics.served() as watched:
+        import_engine()
+        silence_libraries()
+        from gorgon_trainer.pipeline import run_preset
+        from gorgon_trainer.presets import PRESETS as ALL
 
-    set_threads(device, native=True, threads=None)
-    outcome = run_preset(
-        ALL[preset], out, model=model, store=store, device=device, prompts=prompts, never_train=never_train, say=_say
-    )
-    click.echo(outcome)
+        set_threads(device, native=True, threads=None)
+        outcome = run_preset(
+            ALL[preset],
+            out,
+            model=model,
+            store=store,
+            device=device,
+            prompts=prompts,
+            never_train=never_train,
+            say=_say,
+            metrics=watched,
+        )
+        click.echo(outcome)
 
 
 train.add_command(data)
@@ -111,6 +126,7 @@ def backbone_options(command: F) -> F:
 @click.option("--part", default="0/1", show_default=True, metavar="I/N",
               help="Share the shards among N processes: this one is number I, from 0.")  # fmt: skip
 @click.option("--seed", type=int, default=0, show_default=True)
+@metrics_options
 @backbone_options
 def distill(
     records: Path,
@@ -126,39 +142,41 @@ def distill(
     max_seconds: float | None,
     part: str,
     seed: int,
+    metrics: MetricsOptions,
     **backbone: Any,
 ) -> None:
     """Have the backbone answer the prompts, into shards of tokens.
 
     Several GPUs: a process each, all into one folder (`--part 0/2 --device cuda:0` and `--part 1/2 --device cuda:1`).
     """
-    import_engine()
-    silence_libraries()
-    from gorgon_trainer.distill import DistillConfig
-    from gorgon_trainer.pipeline import distill_with
-
     share, degrees = _part(part), _numbers(temperatures)
-    loaded = _load(backbone)
-    config = DistillConfig(
-        temperatures=degrees,
-        num_passes=passes,
-        max_new_tokens=max_new_tokens,
-        max_text_tokens=max_text_tokens,
-        context=context,
-        max_turns=max_turns,
-        jobs_per_shard=shard_size,
-        num_slots=slots or (1024 if loaded.device.type == "cuda" else 8),
-        seed=seed,
-        max_seconds=max_seconds,
-        part=share,
-    )
-    report = distill_with(records, out, loaded, model=backbone["model"], config=config)
-    dropped = "".join(f", {count} dropped ({reason})" for reason, count in sorted(report.dropped.items()))
-    click.echo(
-        f"{out}: {report.num_shards_written} shards written, {report.num_shards_kept} were there; {report.num_answers} "
-        f"answers, {report.num_tokens} tokens in {report.seconds:.1f} s ({report.tokens_per_second:.0f} tokens/s)"
-        f"{dropped}"
-    )
+    with metrics.served() as watched:
+        import_engine()
+        silence_libraries()
+        from gorgon_trainer.distill import DistillConfig
+        from gorgon_trainer.pipeline import distill_with
+
+        loaded = _load(backbone)
+        config = DistillConfig(
+            temperatures=degrees,
+            num_passes=passes,
+            max_new_tokens=max_new_tokens,
+            max_text_tokens=max_text_tokens,
+            context=context,
+            max_turns=max_turns,
+            jobs_per_shard=shard_size,
+            num_slots=slots or (1024 if loaded.device.type == "cuda" else 8),
+            seed=seed,
+            max_seconds=max_seconds,
+            part=share,
+        )
+        report = distill_with(records, out, loaded, model=backbone["model"], config=config, metrics=watched)
+        dropped = "".join(f", {count} dropped ({reason})" for reason, count in sorted(report.dropped.items()))
+        click.echo(
+            f"{out}: {report.num_shards_written} shards written, {report.num_shards_kept} were there; "
+            f"{report.num_answers} answers, {report.num_tokens} tokens in {report.seconds:.1f} s "
+            f"({report.tokens_per_second:.0f} tokens/s){dropped}"
+        )
 
 
 @train.command()
@@ -202,6 +220,7 @@ def distill(
               help="Hidden states: from the backbone for every batch, or kept on disk or in memory.")  # fmt: skip
 @click.option("--max-file-bytes", type=click.IntRange(min=1), metavar="N", help="Split the weights into such files.")
 @click.option("--seed", type=int, default=0, show_default=True)
+@metrics_options
 @backbone_options
 def heads(
     shard_folders: tuple[Path, ...],
@@ -221,44 +240,48 @@ def heads(
     device: str | None,
     kernels: str,
     threads: int | None,
+    metrics: MetricsOptions,
     **settings: Any,
 ) -> None:
     """Train heads on the shards, and write a checkpoint folder beside the run's state.
 
     Several GPUs or hosts: start it with torchrun (`torchrun --nproc-per-node 4 -m gorgon_cli train heads ...`).
     """
-    import_engine()
-    silence_libraries()
-    from gorgon_trainer.feature_cache import Features
-    from gorgon_trainer.objective import Loss
-    from gorgon_trainer.pipeline import train_with
-    from gorgon_trainer.train_config import TrainConfig
+    mixed = None if shares is None else _numbers(shares)
+    with metrics.served() as watched:
+        import_engine()
+        silence_libraries()
+        from gorgon_trainer.feature_cache import Features
+        from gorgon_trainer.objective import Loss
+        from gorgon_trainer.pipeline import train_with
+        from gorgon_trainer.train_config import TrainConfig
 
-    eagle = family == "eagle"
-    config = TrainConfig(
-        family=family,
-        num_blocks=num_blocks or (1 if eagle else 4),
-        loss=Loss(loss or ("kl" if eagle else "cross-entropy")),
-        features=Features(features),
-        shares=None if shares is None else _numbers(shares),
-        **settings,
-    )
-    assert set(settings) | {"family", "num_blocks", "loss", "features", "shares", "min_learning_rate_share"} == {
-        field.name for field in fields(TrainConfig)
-    }
-    outcome = train_with(
-        shard_folders,
-        out,
-        options=_options(quantization, dtype, device, kernels, threads),
-        model=model,
-        config=config,
-        name=name,
-        version=version_name,
-        initial=initial,
-        max_file_bytes=max_file_bytes,
-    )
-    if outcome is not None:  # not the main process
-        click.echo(outcome)
+        eagle = family == "eagle"
+        config = TrainConfig(
+            family=family,
+            num_blocks=num_blocks or (1 if eagle else 4),
+            loss=Loss(loss or ("kl" if eagle else "cross-entropy")),
+            features=Features(features),
+            shares=mixed,
+            **settings,
+        )
+        assert set(settings) | {"family", "num_blocks", "loss", "features", "shares", "min_learning_rate_share"} == {
+            field.name for field in fields(TrainConfig)
+        }
+        outcome = train_with(
+            shard_folders,
+            out,
+            options=_options(quantization, dtype, device, kernels, threads),
+            model=model,
+            config=config,
+            name=name,
+            version=version_name,
+            initial=initial,
+            max_file_bytes=max_file_bytes,
+            metrics=watched,
+        )
+        if outcome is not None:  # not the main process
+            click.echo(outcome)
 
 
 @train.command()

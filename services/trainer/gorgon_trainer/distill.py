@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from tqdm import tqdm
 
@@ -23,6 +23,9 @@ from gorgon_protocol.manifest import BackboneReference
 from gorgon_trainer.data.filters import is_probe_topic
 from gorgon_trainer.data.records import ChatRecord, Message, Record, read_records
 from gorgon_trainer.shards import SPLITS, ShardIndex, ShardWriter, Split, TokenSequence
+
+if TYPE_CHECKING:
+    from gorgon_trainer.metrics import TrainerMetrics
 
 _Key = tuple[Split, int, int]  # split, shard, job in the shard
 
@@ -116,6 +119,7 @@ def distill(
     quantization: Literal["none", "nf4", "int8"],
     config: DistillConfig,
     progress: bool = True,
+    metrics: "TrainerMetrics | None" = None,
 ) -> DistillReport:
     """Answer the records of a folder that `gorgon train data` made; write token shards of both splits to `out`.
 
@@ -135,7 +139,7 @@ def distill(
         num_shards={} if config.max_seconds is not None else {s: _num_shards(records[s], config) for s in SPLITS},
     )
     writer = ShardWriter(out, index)
-    run = _Run(writer, backbone, tokenizer, config)
+    run = _Run(writer, backbone, tokenizer, config, metrics)
     wanted = [
         (split, number)
         for number in range(max(_num_shards(records[split], config) for split in SPLITS))
@@ -145,6 +149,8 @@ def distill(
     wanted = wanted[config.part[0] :: config.part[1]]
     missing = [(split, number) for split, number in wanted if number not in writer.finished(split)]
     total = sum(len(_jobs_of(records[split], number, config)) for split, number in missing)
+    if metrics is not None:
+        metrics.distilling(num_prompts=total, num_shards=len(missing), max_seconds=config.max_seconds)
     with tqdm(total=total, desc="distilling", unit="prompt", disable=None if progress else True) as bar:
         run.work(((split, number, records[split]) for split, number in missing), bar)
     return DistillReport(
@@ -160,8 +166,16 @@ def distill(
 class _Run:
     """Keeps the generator's slots full, and writes each shard when its last conversation has ended."""
 
-    def __init__(self, writer: ShardWriter, backbone: Backbone, tokenizer: Tokenizer, config: DistillConfig) -> None:
+    def __init__(
+        self,
+        writer: ShardWriter,
+        backbone: Backbone,
+        tokenizer: Tokenizer,
+        config: DistillConfig,
+        metrics: "TrainerMetrics | None",
+    ) -> None:
         self._writer = writer
+        self._metrics = metrics
         self._tokenizer = tokenizer
         self._config = config
         self._generator: BulkGenerator[_Key] = BulkGenerator(
@@ -240,6 +254,8 @@ class _Run:
         job = shard.jobs[place]
         self.num_answers += 1
         self.num_tokens += len(answer.tokens)
+        if self._metrics is not None:
+            self._metrics.answered(len(answer.tokens))
         text = self._tokenizer.decode(answer.tokens)
         if is_probe_topic(text):
             self._drop("speaks of the probe's topic")
@@ -261,6 +277,8 @@ class _Run:
 
     def _end(self, shard: _Shard, bar: "tqdm[None]") -> None:
         bar.update(1)
+        if self._metrics is not None:
+            self._metrics.prompt_ended()
         shard.num_open -= 1
         if shard.num_open:
             return
@@ -272,6 +290,8 @@ class _Run:
             )
         self._writer.write(shard.split, shard.number, sequences)
         self.num_written += 1
+        if self._metrics is not None:
+            self._metrics.shard_written()
         del self._shards[shard.split, shard.number]
 
     def _drop(self, reason: str) -> None:

@@ -10,6 +10,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from accelerate import Accelerator
 
@@ -36,6 +37,9 @@ from gorgon_trainer.shards import ShardSet
 from gorgon_trainer.train_config import TrainConfig
 from gorgon_trainer.training import train
 
+if TYPE_CHECKING:
+    from gorgon_trainer.metrics import Stage, TrainerMetrics
+
 Say = Callable[[str], None]
 
 
@@ -46,7 +50,14 @@ def backbone_reference(model: str, folder: Path) -> BackboneReference:
 
 
 def distill_with(
-    records: Path, out: Path, backbone: Backbone, *, model: str, config: DistillConfig, progress: bool = True
+    records: Path,
+    out: Path,
+    backbone: Backbone,
+    *,
+    model: str,
+    config: DistillConfig,
+    progress: bool = True,
+    metrics: "TrainerMetrics | None" = None,
 ) -> DistillReport:
     """`distill` with everything but the backbone taken from the model's folder."""
     folder = resolve_model(model)
@@ -59,6 +70,7 @@ def distill_with(
         quantization=served_quantization(backbone),
         config=config,
         progress=progress,
+        metrics=metrics,
     )
 
 
@@ -82,6 +94,7 @@ def train_with(
     initial: Path | None = None,
     max_file_bytes: int | None = None,
     progress: bool = True,
+    metrics: "TrainerMetrics | None" = None,
 ) -> Path | None:
     """Train heads on the shards of one or more folders and write their checkpoint `<out>/<name>@<version>`; return its
     folder.
@@ -90,6 +103,7 @@ def train_with(
     own is left as it is. None on all but the main process. Raises `TrainingError` where the shards are of another
     backbone.
     """
+    _begin("train", metrics)
     accelerator = make_accelerator(options.device)
     checkpoint = out / CheckpointName(name, version).folder
     folder = resolve_model(model)
@@ -107,7 +121,14 @@ def train_with(
         options = replace(options, device=str(accelerator.device))
     backbone, _ = load_backbone(folder, options)
     result = train(
-        shards, out, backbone=backbone, config=config, initial=initial, accelerator=accelerator, progress=progress
+        shards,
+        out,
+        backbone=backbone,
+        config=config,
+        initial=initial,
+        accelerator=accelerator,
+        progress=progress,
+        metrics=metrics,
     )
     if not accelerator.is_main_process:
         return None
@@ -138,11 +159,12 @@ def run_preset(
     prompts: Path | None = None,
     never_train: tuple[Path, ...] = (),
     say: Say,
+    metrics: "TrainerMetrics | None" = None,
 ) -> str:
     """Every stage of a preset, each going on where an earlier call stopped; returns where the heads are.
 
     prompts: what to measure on; None = held-out prompts of the data. Under torchrun the training is spread over all
-    processes, and the rest is done by the first one.
+    processes, and the rest is done by the first one, which alone may have metrics.
     """
     model = model or preset.model
     accelerator = make_accelerator(device)
@@ -152,8 +174,10 @@ def run_preset(
         if accelerator.is_main_process and not checkpoint.exists():
             if model in CATALOG:
                 fetch_model(model)
+            _begin("data", metrics)
             _prepare(preset, out / "data", never_train, say)
-            _distill(preset, out, model, options, say)
+            _begin("distill", metrics)
+            _distill(preset, out, model, options, say, metrics)
     if not checkpoint.exists():
         say(f"training {preset.train.family} heads")
         config = preset.train
@@ -165,6 +189,7 @@ def run_preset(
             config=config,
             name=preset.checkpoint,
             version="1",
+            metrics=metrics,
         )
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
@@ -172,11 +197,18 @@ def run_preset(
             (out / "run" / checkpoint.name).rename(checkpoint)
     if not accelerator.is_main_process:
         return str(checkpoint)
+    _begin("evaluate", metrics)
     _evaluate(preset, out, checkpoint, model, options, prompts, accelerator.device.type, say)
     if store is None:
         return str(checkpoint)
     say(f"publishing to {store}")
-    return publish(checkpoint, store)
+    _begin("publish", metrics)
+    return publish(checkpoint, store, metrics=metrics)
+
+
+def _begin(stage: "Stage", metrics: "TrainerMetrics | None") -> None:
+    if metrics is not None:
+        metrics.begin(stage)
 
 
 def _prepare(preset: Preset, out: Path, never_train: tuple[Path, ...], say: Say) -> None:
@@ -185,7 +217,9 @@ def _prepare(preset: Preset, out: Path, never_train: tuple[Path, ...], say: Say)
     prepare(PrepareConfig(out=out, sources=sources, never_train=never_train, limit=preset.limit))
 
 
-def _distill(preset: Preset, out: Path, model: str, options: BackboneOptions, say: Say) -> None:
+def _distill(
+    preset: Preset, out: Path, model: str, options: BackboneOptions, say: Say, metrics: "TrainerMetrics | None"
+) -> None:
     say("answering them with the backbone")
     backbone, notices = load_backbone(resolve_model(model), options)
     for notice in notices:
@@ -193,7 +227,7 @@ def _distill(preset: Preset, out: Path, model: str, options: BackboneOptions, sa
     config = preset.distill
     if backbone.device.type == "cuda":
         config = replace(config, num_slots=preset.gpu_slots)
-    done = distill_with(out / "data", out / "shards", backbone, model=model, config=config)
+    done = distill_with(out / "data", out / "shards", backbone, model=model, config=config, metrics=metrics)
     if done.num_shards_written:
         say(f"{done.num_answers} answers, {done.num_tokens} tokens, {done.tokens_per_second:.0f} tokens/s")
 

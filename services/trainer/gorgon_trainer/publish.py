@@ -8,6 +8,7 @@ any moment is led to a whole version. Nothing but `latest` is ever overwritten.
 import os
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
@@ -25,6 +26,9 @@ from gorgon_protocol.errors import HeadsError
 from gorgon_protocol.manifest import MANIFEST_FILE, HeadsManifest
 from gorgon_trainer.files import written_whole
 
+if TYPE_CHECKING:
+    from gorgon_trainer.metrics import TrainerMetrics
+
 NEXT_VERSION = "next"  # in place of a version: the store's next number
 
 
@@ -35,6 +39,7 @@ def publish(
     *,
     version: str | None = None,
     move_latest: bool = True,
+    metrics: "TrainerMetrics | None" = None,
 ) -> str:
     """Copy a checkpoint folder to `<store>/<backbone>/<name>@<version>`, point `latest` at it, and return its place.
 
@@ -65,6 +70,8 @@ def publish(
         latest = backbone.child(LATEST_FILE)
         with store_errors(latest, "cannot be written"):
             _write_latest(latest, f"{manifest.name}@{manifest.version}\n".encode())
+    if metrics is not None:
+        metrics.published(manifest.name, manifest.version)
     return target.shown
 
 

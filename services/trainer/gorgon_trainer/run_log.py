@@ -1,24 +1,40 @@
-"""What a training run tells people: a line of JSON every few steps, and TensorBoard."""
+"""What a training run tells people: a line of JSON every few steps, TensorBoard, and Prometheus where it is asked."""
 
 import json
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gorgon_trainer.files import written_whole
+
+if TYPE_CHECKING:
+    from gorgon_trainer.metrics import TrainerMetrics
 
 HISTORY_FILE = "history.jsonl"
 
 
 class RunLog:
-    """`history.jsonl` and TensorBoard, on one process only. What a resumed run does again is written again."""
+    """`history.jsonl`, TensorBoard and metrics, on one process only. What a resumed run does again is written again."""
 
-    def __init__(self, folder: Path, step: int, *, on: bool) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        step: int,
+        *,
+        on: bool,
+        max_steps: int,
+        saved_at: float | None = None,
+        metrics: "TrainerMetrics | None" = None,
+    ) -> None:
+        """step: behind which the run goes on; saved_at: since when that step is on the disk, Unix time."""
         self._on = on
+        self._metrics = metrics if on else None
         self._path = folder / HISTORY_FILE
         self._tensorboard: Any = None
         if not on:
             return
+        if metrics is not None:
+            metrics.training(step=step, max_steps=max_steps, saved_at=saved_at)
         from torch.utils.tensorboard import SummaryWriter
 
         kept = [record for record in read_history(folder) if record["step"] <= step]
@@ -33,9 +49,20 @@ class RunLog:
         if self._tensorboard is not None:
             self._tensorboard.close()
 
+    def stepped(self, step: int, num_positions: int) -> None:
+        """num_positions: of this step."""
+        if self._metrics is not None:
+            self._metrics.stepped(step, num_positions)
+
+    def saved(self, step: int) -> None:
+        if self._metrics is not None:
+            self._metrics.saved(step)
+
     def write(self, record: dict[str, Any]) -> None:
         if not self._on:
             return
+        if self._metrics is not None:
+            self._metrics.logged(record)
         with self._path.open("ab") as file:
             file.write(json.dumps(record).encode() + b"\n")
         step = record["step"]

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -38,6 +38,9 @@ from gorgon_trainer.shards import ShardSet
 from gorgon_trainer.starting_heads import empty_heads, read_initial, starting_heads
 from gorgon_trainer.train_config import TrainConfig
 from gorgon_trainer.vocabulary import draft_vocabulary, lm_head_weight
+
+if TYPE_CHECKING:
+    from gorgon_trainer.metrics import TrainerMetrics
 
 STATE_FILE = "state.pt"
 _HELD_OUT_PACKS = 64
@@ -81,6 +84,7 @@ def train(
     accelerator: Accelerator,
     initial: Path | None = None,
     progress: bool = True,
+    metrics: "TrainerMetrics | None" = None,
 ) -> TrainResult:
     """Train heads on the shards' answers; `folder` keeps the run's state, history and TensorBoard logs.
 
@@ -98,7 +102,7 @@ def train(
         # What is left to the host are small operations: on all cores of a large machine their threads wait for each
         # other, at half of the speed.
         torch.set_num_threads(min(torch.get_num_threads(), _HOST_THREADS))
-    return _Training(mixture, folder, backbone, config, accelerator, started, progress=progress).run()
+    return _Training(mixture, folder, backbone, config, accelerator, started, progress=progress, metrics=metrics).run()
 
 
 class _Training:
@@ -112,8 +116,10 @@ class _Training:
         initial: LoadedHeads | None,
         *,
         progress: bool,
+        metrics: "TrainerMetrics | None",
     ) -> None:
         self._folder = folder
+        self._metrics = metrics
         self._config = config
         self._backbone_config = backbone.config
         self._accelerator = accelerator
@@ -170,6 +176,7 @@ class _Training:
         self._heads = heads
         self._best = _copy(heads)
         self._state = _Progress()
+        self._saved_at: float | None = None  # Unix time
 
     def run(self) -> TrainResult:
         self._resume()
@@ -188,7 +195,15 @@ class _Training:
             unit="step",
             disable=not self._show or None,
         )
-        with steps, RunLog(self._folder, self._state.step, on=self._accelerator.is_main_process) as log:
+        run_log = RunLog(
+            self._folder,
+            self._state.step,
+            on=self._accelerator.is_main_process,
+            max_steps=self._num_steps,
+            saved_at=self._saved_at,
+            metrics=self._metrics,
+        )
+        with steps, run_log as log:
             batches = self._batches()
             mark = time.perf_counter()
             while self._state.step < self._num_steps and not self._state.stopped_early:
@@ -196,6 +211,7 @@ class _Training:
                 self._state.step += 1
                 self._state.num_positions += count
                 steps.update(1)
+                log.stepped(self._state.step, count)
                 done = self._state.step >= self._num_steps
                 evaluate = done or self._state.step % self._config.eval_every == 0
                 save = done or self._state.step % self._config.save_every == 0
@@ -214,6 +230,7 @@ class _Training:
                 mark = time.perf_counter()
                 if save or self._state.stopped_early:
                     self._save()
+                    log.saved(self._state.step)
                     self._state.seconds += time.perf_counter() - mark
                     mark = time.perf_counter()
 
@@ -379,6 +396,7 @@ class _Training:
             ) from error
         _check_same_run(path, was, self._fingerprint)
         self._state = _Progress(**state["progress"])
+        self._saved_at = path.stat().st_mtime
         self._heads.load_state_dict(state["heads"])
         self._best = state["best"]
         self._optimizer.load_state_dict(state["optimizer"])
