@@ -137,7 +137,7 @@ def test_one_that_is_over_keeps_its_end_when_it_is_cancelled(engine: Engine) -> 
 
 
 def test_what_cannot_have_been_generated_is_refused(engine: Engine) -> None:
-    with pytest.raises(BadRequestError, match="generated holds token 352: the vocabulary has 352 tokens"):
+    with pytest.raises(BadRequestError, match="generated_token_ids holds token 352: the vocabulary has 352 tokens"):
         engine.request(PROMPT, generated=[1, 352])
     with pytest.raises(ContextLengthError, match="7 tokens long and 58 were generated, but the context holds 64"):
         engine.request(PROMPT, generated=[5] * 58)

@@ -50,15 +50,15 @@ class TreeDebug(_Message):
 class TopLogprob(_Message):
     token_id: int
     token: str
+    bytes: list[int] | None = Field(
+        default=None, description="the token's, where it is parts of characters, which `token` has as U+FFFD"
+    )
     logprob: float
 
 
-class TokenLogprob(_Message):
+class TokenLogprob(TopLogprob):
     """Natural logarithms, from the backbone's own distribution before any sampling parameter."""
 
-    token_id: int
-    token: str
-    logprob: float
     top: list[TopLogprob]
 
 

@@ -217,7 +217,7 @@ class Engine:
         if not tokens:
             raise BadRequestError("the prompt is empty: give at least one token of text")
         self._check_vocabulary(tokens, "the prompt holds")
-        self._check_vocabulary(generated, "generated holds")
+        self._check_vocabulary(generated, "generated_token_ids holds")
         self._check_length(len(tokens), len(generated))
         sampling, speculation = sampling or SamplingParams(), speculation or SpeculationParams()
         self._check_vocabulary(sampling.logit_bias, "logit_bias names")

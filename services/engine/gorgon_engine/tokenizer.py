@@ -115,10 +115,14 @@ class Tokenizer:
         """Whether the token is a mark of the model's format, which is left out of text."""
         return token_id in self._special_ids
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a token adds inside a text, in UTF-8; it need not be whole characters. Nothing for unknown ids."""
+        token = self.token(token_id)
+        return b"" if token is None else self.spelling.spell(token)
+
     def token_text(self, token_id: int) -> str:
         """One token for people to see, as it reads inside a text: leading space kept, part characters as U+FFFD."""
-        token = self.token(token_id)
-        return "" if token is None else self.spelling.spell(token).decode("utf-8", errors="replace")
+        return self.token_bytes(token_id).decode("utf-8", errors="replace")
 
     @staticmethod
     def _id(value: Any) -> int | None:

@@ -68,7 +68,7 @@ def engine(tiny_model: Path) -> Engine:
 
 @pytest.fixture
 def writer() -> LineWriter:
-    return LineWriter(TokenTexts(lambda token: f"t{token}"))
+    return LineWriter(TokenTexts(lambda token: f"t{token}".encode()))
 
 
 def test_a_step_is_a_token_message(writer: LineWriter) -> None:
@@ -181,9 +181,17 @@ def test_an_error_keeps_its_code_and_remedy() -> None:
 
 def test_each_token_is_spelt_once() -> None:
     asked: list[int] = []
-    texts = TokenTexts(lambda token: asked.append(token) or f"t{token}")  # type: ignore[func-returns-value]
+    texts = TokenTexts(lambda token: asked.append(token) or f"t{token}".encode())  # type: ignore[func-returns-value]
     assert [texts(3), texts(3), texts(4)] == ["t3", "t3", "t4"]
     assert asked == [3, 4]
+
+
+def test_parts_of_characters_come_with_their_bytes() -> None:
+    spelt = {1: b"a", 2: b" \xe7\x8c", 3: "\ufffd".encode()}
+    texts = TokenTexts(spelt.__getitem__)
+    assert texts.fields(1) == {"token_id": 1, "token": "a"}
+    assert texts.fields(2) == {"token_id": 2, "token": " \ufffd", "bytes": [0x20, 0xE7, 0x8C]}
+    assert texts.fields(3)["bytes"] == [0xEF, 0xBF, 0xBD]
 
 
 def test_every_field_of_a_request_reaches_the_engine(engine: Engine) -> None:

@@ -42,7 +42,7 @@ def test_offsets_go_on_from_message_to_message() -> None:
     assert (first["text_offset"], second["text_offset"]) == ([0, 2], [2])
 
 
-def test_parts_of_characters_have_no_bytes() -> None:
-    whole, part = chat_logprobs([entry("é", -1.0), entry(PART, -1.0, ("a", -2.0))])
-    assert (whole["bytes"], part["bytes"]) == ([0xC3, 0xA9], None)
+def test_parts_of_characters_keep_their_bytes() -> None:
+    whole, part = chat_logprobs([entry("é", -1.0), entry(PART, -1.0, ("a", -2.0)) | {"bytes": [0xC3]}])
+    assert (whole["bytes"], part["bytes"]) == ([0xC3, 0xA9], [0xC3])
     assert part["top_logprobs"] == [{"token": "a", "logprob": -2.0, "bytes": [97]}]

@@ -159,12 +159,20 @@ export interface TokenMessage {
 export interface TokenLogprob {
   token_id: number;
   token: string;
+  /**
+   * the token's, where it is parts of characters, which `token` has as U+FFFD
+   */
+  bytes: number[] | null;
   logprob: number;
   top: TopLogprob[];
 }
 export interface TopLogprob {
   token_id: number;
   token: string;
+  /**
+   * the token's, where it is parts of characters, which `token` has as U+FFFD
+   */
+  bytes: number[] | null;
   logprob: number;
 }
 /**

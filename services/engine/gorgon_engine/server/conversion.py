@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _PROBABILITY_DIGITS = 5
 _SECONDS_DIGITS = 7
+_PART_CHARACTER = "\ufffd"
 
 
 def to_engine_request(engine: "Engine", wire: EngineRequest) -> "Request":
@@ -88,15 +89,24 @@ def detokenize(engine: "Engine", token_ids: list[int]) -> str:
 class TokenTexts:
     """Each token as people see it, worked out once."""
 
-    def __init__(self, token_text: Callable[[int], str]) -> None:
-        self._token_text = token_text
+    def __init__(self, token_bytes: Callable[[int], bytes]) -> None:
+        """token_bytes: `Tokenizer.token_bytes`."""
+        self._token_bytes = token_bytes
         self._known: dict[int, str] = {}
 
     def __call__(self, token_id: int) -> str:
         text = self._known.get(token_id)
         if text is None:
-            text = self._known[token_id] = self._token_text(token_id)
+            text = self._known[token_id] = self._token_bytes(token_id).decode("utf-8", errors="replace")
         return text
+
+    def fields(self, token_id: int) -> dict[str, Any]:
+        """`token_id` and `token`, and `bytes` where the text does not tell them."""
+        text = self(token_id)
+        fields: dict[str, Any] = {"token_id": token_id, "token": text}
+        if _PART_CHARACTER in text:
+            fields["bytes"] = list(self._token_bytes(token_id))
+        return fields
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,12 +179,11 @@ class LineWriter:
         return orjson.dumps(fields, option=orjson.OPT_APPEND_NEWLINE)
 
     def _logprob(self, entry: "TokenLogprobs") -> dict[str, Any]:
-        texts = self._texts
+        fields = self._texts.fields
         return {
-            "token_id": entry.token,
-            "token": texts(entry.token),
+            **fields(entry.token),
             "logprob": entry.logprob,
-            "top": [{"token_id": token, "token": texts(token), "logprob": value} for token, value in entry.top],
+            "top": [{**fields(token), "logprob": value} for token, value in entry.top],
         }
 
     def _tree(self, event: "TokenEvent", trace: "TreeTrace", speed: Speed) -> dict[str, Any]:

@@ -40,7 +40,7 @@ class Generations:
         self._metrics = metrics
         self._max_messages = max_messages
         self._heads = heads
-        self._writer = LineWriter(TokenTexts(engine.tokenizer.token_text))
+        self._writer = LineWriter(TokenTexts(engine.tokenizer.token_bytes))
         self._engine = engine
         self._plain_speeds: dict[int, float | None] = {}
         self._open: dict[str, Generation] = {}

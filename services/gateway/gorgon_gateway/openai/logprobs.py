@@ -1,8 +1,6 @@
 """Log-probabilities in OpenAI's two shapes, out of a `TokenMessage`'s."""
 
-from typing import Any, Final
-
-_REPLACEMENT: Final = "\ufffd"  # what stands for bytes that are no whole character
+from typing import Any
 
 
 def chat_logprobs(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -12,8 +10,7 @@ def chat_logprobs(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _entry(entry: dict[str, Any]) -> dict[str, Any]:
     token: str = entry["token"]
-    encoded = None if _REPLACEMENT in token else list(token.encode())
-    return {"token": token, "logprob": entry["logprob"], "bytes": encoded}
+    return {"token": token, "logprob": entry["logprob"], "bytes": entry.get("bytes") or list(token.encode())}
 
 
 def _by_text(entry: dict[str, Any]) -> dict[str, float]:
