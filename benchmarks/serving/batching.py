@@ -1,9 +1,10 @@
 """Continuous batching on the real engine service: tokens/s of 1, 4, 8 and 16 streams, speculation off and on.
 
-    PYTHONPATH=tests python benchmarks/serving/batching.py [--model smollm2] [--seconds 6] [--rounds 5] [--json FILE]
+    PYTHONPATH=tests python benchmarks/serving/batching.py [--temperature 0.7] [--seconds 6] [--rounds 5] [--json FILE]
 
 Starts `python -m gorgon_engine` and asks it over its own HTTP, as the gateway does. So many streams ask first turns of
-MT-bench one after another, --tokens tokens each (past the end of sequence), so that there are always as many; tokens/s
+MT-bench one after another, --tokens tokens in the mean (past the end of sequence), so that there are always as many;
+answers are of different lengths, as else those without speculation would begin and end, and prefill, together. tokens/s
 = what all of them get in a window of --seconds that begins once each has had its first token, prefill of the next
 questions included. (Not a fixed amount of work: where some streams are faster than others, as with speculation, its end
 would be spent with few of them.) Off and on take turns, and each pair asks the same questions; the table shows medians
@@ -16,6 +17,7 @@ import argparse
 import asyncio
 import itertools
 import json
+import random
 import statistics
 import time
 from dataclasses import asdict, dataclass
@@ -59,14 +61,17 @@ def read_questions() -> list[str]:
 class Streams:
     """As many streams as asked for, each with one question after another, until they are closed."""
 
-    def __init__(self, engine: Service, questions: list[str], num_tokens: int, *, speculate: bool) -> None:
+    def __init__(
+        self, engine: Service, questions: list[str], num_tokens: int, temperature: float, *, speculate: bool
+    ) -> None:
         self.num_tokens = 0  # that have come in all streams
         self.num_messages = 0
         self.error: bytes | None = None
         self._url = f"{engine.url}/generate"
         self._questions = questions
+        self._num_tokens = num_tokens
         self._fields = {
-            "max_tokens": num_tokens,
+            "temperature": temperature,
             "ignore_eos": True,
             "speculation": {"enabled": speculate},
             "seed": 0,
@@ -75,11 +80,13 @@ class Streams:
 
     async def run(self, number: int) -> None:
         """One stream, until cancelled."""
+        lengths = random.Random(number)  # the same with speculation and without
         for count in itertools.count():
             question = self._questions[(number + count) % len(self._questions)]
             body = {
                 "messages": [{"role": "user", "content": question}],
                 "request_id": f"{number}-{count}-{time.monotonic_ns()}",
+                "max_tokens": round(self._num_tokens * lengths.uniform(0.5, 1.5)),
                 **self._fields,
             }
             stream = await LineStream.open(self._url, orjson.dumps(body), partial(self._take, number))
@@ -103,14 +110,14 @@ class Streams:
 
 
 async def measure(
-    engine: Service, questions: list[str], num_streams: int, num_tokens: int, seconds: float, *, speculate: bool
+    engine: Service, questions: list[str], num_streams: int, arguments: argparse.Namespace, *, speculate: bool
 ) -> Measurement:
     """Raises `RuntimeError` where a stream gets no answer."""
-    streams = Streams(engine, questions, num_tokens, speculate=speculate)
+    streams = Streams(engine, questions, arguments.tokens, arguments.temperature, speculate=speculate)
     tasks = [asyncio.create_task(streams.run(number)) for number in range(num_streams)]
     await streams.have_begun(num_streams)
     began, tokens, messages = time.perf_counter(), streams.num_tokens, streams.num_messages
-    await asyncio.sleep(seconds)
+    await asyncio.sleep(arguments.seconds)
     tokens, messages = streams.num_tokens - tokens, streams.num_messages - messages
     elapsed = time.perf_counter() - began
     for task in tasks:
@@ -121,15 +128,15 @@ async def measure(
     return Measurement(tokens / elapsed, tokens / messages)
 
 
-async def compare(engine: Service, counts: list[int], num_tokens: int, seconds: float, rounds: int) -> list[Row]:
-    questions = read_questions()
-    await measure(engine, questions, counts[-1], num_tokens, 1.0, speculate=True)  # warm
+async def compare(engine: Service, arguments: argparse.Namespace) -> list[Row]:
+    questions, counts = read_questions(), arguments.streams
+    await measure(engine, questions, counts[-1], arguments, speculate=True)  # warm
     measured: dict[tuple[int, bool], list[Measurement]] = {}
-    for number in range(rounds):
+    for number in range(arguments.rounds):
         for count in counts:
             for speculate in (False, True) if number % 2 == 0 else (True, False):
                 shifted = questions[number:] + questions[:number]
-                one = await measure(engine, shifted, count, num_tokens, seconds, speculate=speculate)
+                one = await measure(engine, shifted, count, arguments, speculate=speculate)
                 measured.setdefault((count, speculate), []).append(one)
 
     def median(count: int, speculate: bool) -> float:
@@ -166,15 +173,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 4, 8, 16], help="the first one is compared with")
-    parser.add_argument("--tokens", type=int, default=128, help="of each answer")
+    parser.add_argument("--tokens", type=int, default=128, help="of an answer, in the mean")
+    parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--seconds", type=float, default=6.0, help="of each measurement")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_args()
     with engine_service(model=arguments.model, num_slots=max(arguments.streams), max_waiting=NUM_QUESTIONS) as engine:
         info = engine.get("/info")
-        rows = uvloop.run(compare(engine, arguments.streams, arguments.tokens, arguments.seconds, arguments.rounds))
-    print(f"{info['model']}, {info['kernels']}, heads {info['heads']['current']}")
+        rows = uvloop.run(compare(engine, arguments))
+    print(f"{info['model']}, {info['kernels']}, heads {info['heads']['current']}, temperature {arguments.temperature}")
     print(table(rows))
     if arguments.json is not None:
         arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")

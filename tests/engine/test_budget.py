@@ -18,7 +18,7 @@ def run(drafting: CostlyDrafting, steps: int, tokens_when_drafted: int, *, batch
     gives each sequence so many tokens; another takes a second a token."""
     ran = 0
     for _ in range(steps):
-        wanted, verifies = drafting.wanted(batch), drafting._ran
+        wanted, verifies = drafting.trials.wanted(batch), drafting.trials._ran
         ran += wanted
         drafting.observe(
             batch=batch,
@@ -38,7 +38,7 @@ def test_what_pays_always_runs() -> None:
 def test_what_does_not_pay_is_tried_less_and_less() -> None:
     drafting = CostlyDrafting(seconds=0.5)
     assert run(drafting, 25, tokens_when_drafted=2) == 25, "a trial is always made, of what 24 steps verify"
-    assert not drafting.wanted(1)
+    assert not drafting.trials.wanted(1)
     assert run(drafting, 48, tokens_when_drafted=2) == 0
     assert run(drafting, 25, tokens_when_drafted=2) == 25
     assert run(drafting, 96, tokens_when_drafted=2) == 0, "the second pause is twice as long"
@@ -134,6 +134,41 @@ class TestTreeBudget:
             budget.observe(sequences([[]]), result(tokens=[[1]], num_drafted=[0]))
         assert budget.price(2).tree < dear.tree / 2
 
+    def test_looking_up_rests_where_it_never_helps(self) -> None:
+        """A lookup costs a twentieth of a step and finds nothing."""
+        budget = TreeBudget(32, self.model)
+        looked = 0
+        for _ in range(2000):
+            wanted = budget.wants_cheap(8)
+            looked += wanted
+            seconds = StepSeconds(draft=0.05 if wanted else 0.0, verify=0.9, accept=0.1)
+            ended = result(tokens=[[1]] * 8, num_drafted=[0] * 8, seconds=seconds, drafted=wanted, costly=False)
+            budget.observe(sequences([[]] * 8), ended)
+        assert 24 <= looked < 200
+        assert TreeBudget(max_nodes=4, cost_model=None).wants_cheap(8), "always, where nothing was measured"
+
+    def test_looking_up_goes_on_where_it_helps(self) -> None:
+        budget = TreeBudget(32, self.model)
+        for _ in range(500):
+            assert budget.wants_cheap(2)
+            seconds = StepSeconds(draft=0.05, verify=0.9, accept=0.1)
+            budget.observe(sequences([[0.9]] * 2), result([[1, 2], [1]], [1, 1], seconds, costly=False))
+
+    def test_what_plain_steps_take_now_is_what_trees_are_measured_by(self) -> None:
+        """By the model a tree step takes as long as a plain one; it takes twice as long: 1.5 tokens do not pay."""
+        costly = CostlyDrafting(seconds=0.0)
+        budget = TreeBudget(32, self.model, costly)
+        plain, tree = StepSeconds(verify=3.0), StepSeconds(verify=6.0)
+        verifies, ran = False, 0
+        for step in range(1000):
+            wanted = step >= 20 and budget.wants_costly(2)
+            ran += wanted
+            tokens, nodes = ([[1, 2], [1]], [3, 3]) if verifies else ([[1], [1]], [0, 0])
+            ended = result(tokens, nodes, tree if verifies else plain, drafted=wanted, costly=wanted)
+            budget.observe(sequences([[0.5]] * 2), ended)
+            verifies = wanted
+        assert ran < 100
+
     def test_where_nothing_was_measured_guesses_cost_nothing(self) -> None:
         assert TreeBudget(max_nodes=4, cost_model=None).price(3) == FREE
 
@@ -148,7 +183,14 @@ class TestTreeBudget:
         assert costly.draft_seconds(1) == pytest.approx(0.25)
 
 
-def result(tokens: list[list[int]], num_drafted: list[int], seconds: StepSeconds | None = None) -> StepResult:
+def result(
+    tokens: list[list[int]],
+    num_drafted: list[int],
+    seconds: StepSeconds | None = None,
+    *,
+    drafted: bool = True,
+    costly: bool = True,
+) -> StepResult:
     return StepResult(
         batch=RunningBatch.__new__(RunningBatch),
         tokens=tokens,
@@ -157,6 +199,6 @@ def result(tokens: list[list[int]], num_drafted: list[int], seconds: StepSeconds
         logprobs=None,
         traces=None,
         seconds=seconds or StepSeconds(),
-        drafted=True,
-        drafted_costly=True,
+        drafted=drafted,
+        drafted_costly=costly,
     )

@@ -460,6 +460,27 @@ def test_what_waited_is_remembered_at_once(library: NativeLibrary) -> None:
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("num_earlier", [1, 3, 12])
+def test_what_is_outlived_leaves_no_trace(library: NativeLibrary, num_earlier: int) -> None:
+    """Others were in the slots before, longer ones, and nobody drafted for them; in the end more than may wait."""
+    setting = Setting(kind="int8")
+    texts, made = Texts.of(setting, [20, 11], [1, 0]), Made.of(setting, library)
+    texts = dataclasses.replace(texts, num_positions=500)
+    earlier = Texts.of(dataclasses.replace(setting, seed=setting.seed + 1), [400, 300], [1, 0])
+    waiting = made.drafter(texts, observed=False)
+    for _ in range(num_earlier):
+        waiting.observe(earlier.all_committed())
+    waiting.observe(texts.committed([0, 0], [12, 1]))
+    waiting.observe(texts.committed([12, 1], [8, 10]))
+    assert waiting._memory is not None
+    assert waiting._memory.num_waiting < 6000
+    assert not waiting._memory.keys.any(), "nothing has been computed so far"
+    whole = made.drafter(texts)
+    check_same(waiting.propose(texts.context(), 12), whole.propose(texts.context(), 12))
+    for ours, theirs in zip(memory_of(waiting), memory_of(whole), strict=True):
+        assert torch.equal(ours, theirs)
+
+
 @settings(max_examples=25, deadline=None)
 @given(setting=random_settings(), limits=limits_of_a_search, data=st.data())
 def test_a_sequence_does_not_see_the_others_or_the_threads(

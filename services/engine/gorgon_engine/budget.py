@@ -2,7 +2,7 @@
 much of a prompt may run beside the streams."""
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from gorgon_engine.sequence import Sequence
 from gorgon_engine.step import StepResult
@@ -20,6 +20,9 @@ _UNMEASURED_PREFILL_ROWS = 64
 
 _LEAST_TRIAL_STEPS = 4
 
+# How long the time of a plain step is believed: contexts grow.
+_PACE_STEPS = 256
+
 # What speculation must promise, and bring, to be preferred: less than the promises are wrong by is no gain.
 _LEAST_GAIN = 1.04
 
@@ -36,38 +39,30 @@ class _Trial:
 
 
 @dataclass(slots=True)
-class CostlyDrafting:
-    """Whether drafters that run a network pay for themselves on what is being generated.
+class Trials:
+    """Whether a way of drafting pays for itself on what is being generated.
 
-    They run in trials of some steps. A trial that brought fewer tokens a second than plain decoding would have is
-    followed by a pause, twice as long each time in a row, so that text which they cannot guess costs next to nothing.
+    It runs in trials of some steps. A trial that brought fewer tokens a second than plain decoding would have is
+    followed by a pause, twice as long each time in a row, so that text which cannot be guessed costs next to nothing.
     What pays for one stream may not pay for sixteen: batches of 1, 2-3, 4-7, ... sequences are judged apart, and the
     more there are, the fewer steps tell.
     """
 
-    seconds: float  # of one sequence's draft, as calibrated
-    seconds_each: float = 0.0  # what each further sequence adds
-    trial_steps: int = 24  # of one sequence
-    first_pause: int = 48
-    longest_pause: int = 768
-    _scale: float = field(default=1.0)  # observed over calibrated seconds
-    _ran: bool = field(default=False)  # in the step before: what this step verifies is theirs
+    trial_steps: int  # of one sequence
+    first_pause: int
+    longest_pause: int
+    least_gain: float = _LEAST_GAIN
+    _ran: bool = field(default=False)  # in the step before: what this step verifies is its
     _trials: dict[int, _Trial] = field(default_factory=dict)  # by the bits of the number of sequences
 
     def wanted(self, batch: int) -> bool:
-        """Whether they should run at the end of a step of so many sequences."""
+        """Whether it should run at the end of a step of so many sequences."""
         trial = self._trial(batch)
         return not trial.paused or trial.steps_left == 0
 
-    def draft_seconds(self, batch: int) -> float:
-        """What they cost at the end of a step."""
-        return self._scale * (self.seconds + (batch - 1) * self.seconds_each)
-
-    def observe(
-        self, *, batch: int, ran: bool, num_tokens: int, seconds: float, plain_rate: float, draft_seconds: float
-    ) -> None:
-        """Count one step. ran: at its end. seconds: of the step without drafts; plain_rate: tokens a second without
-        speculation; draft_seconds: as measured, 0 where measuring would mean waiting for the device."""
+    def observe(self, *, batch: int, ran: bool, num_tokens: int, seconds: float, plain_rate: float) -> None:
+        """Count one step. ran: at its end. seconds: of the step, with one such draft; plain_rate: tokens a second
+        without speculation."""
         trial, verified = self._trial(batch), self._ran
         self._ran = ran
         if not ran:
@@ -76,21 +71,18 @@ class CostlyDrafting:
         if trial.paused:  # the pause is over
             trial.paused = False
             self._begin(trial, batch)
-        if draft_seconds > 0.0:
-            observed = draft_seconds / max(self.seconds + (batch - 1) * self.seconds_each, 1e-9)
-            self._scale += _LEARNING_RATE * (observed - self._scale)
         if not verified:
             return
         trial.tokens += num_tokens
-        trial.plain += plain_rate * (seconds + self.draft_seconds(batch))
+        trial.plain += plain_rate * seconds
         trial.steps_left -= 1
         if trial.steps_left > 0:
             return
-        if trial.tokens < _LEAST_GAIN * trial.plain:
+        if trial.tokens < self.least_gain * trial.plain:
             trial.pause = min(max(2 * trial.pause, self.first_pause), self.longest_pause)
             trial.paused, trial.steps_left = True, trial.pause
         else:
-            trial.pause = 0
+            trial.pause //= 2  # luck is no reason to forget what all the trials before have shown
             self._begin(trial, batch)
 
     def _begin(self, trial: _Trial, batch: int) -> None:
@@ -99,6 +91,49 @@ class CostlyDrafting:
 
     def _trial(self, batch: int) -> _Trial:
         return self._trials.setdefault(batch.bit_length(), _Trial())
+
+
+@dataclass(slots=True)
+class CostlyDrafting:
+    """Drafters that run a network: what they cost, and whether they pay."""
+
+    seconds: float  # of one sequence's draft, as calibrated
+    seconds_each: float = 0.0  # what each further sequence adds
+    trials: Trials = field(default_factory=lambda: Trials(trial_steps=24, first_pause=48, longest_pause=768))
+    _scale: float = field(default=1.0)  # observed over calibrated seconds
+
+    def draft_seconds(self, batch: int) -> float:
+        """What they cost at the end of a step."""
+        return self._scale * (self.seconds + (batch - 1) * self.seconds_each)
+
+    def observe(
+        self, *, batch: int, ran: bool, num_tokens: int, seconds: float, plain_rate: float, draft_seconds: float
+    ) -> None:
+        """As `Trials.observe`, with the seconds of the step without drafts. draft_seconds: as measured, 0 where
+        measuring would mean waiting for the device."""
+        if ran and draft_seconds > 0.0:
+            observed = draft_seconds / max(self.seconds + (batch - 1) * self.seconds_each, 1e-9)
+            self._scale += _LEARNING_RATE * (observed - self._scale)
+        seconds += self.draft_seconds(batch)
+        self.trials.observe(batch=batch, ran=ran, num_tokens=num_tokens, seconds=seconds, plain_rate=plain_rate)
+
+
+@dataclass(slots=True)
+class _PlainPace:
+    """What plain steps take now: start-up knew nothing of temperatures, contexts and other work on the machine."""
+
+    _seconds: dict[int, float] = field(default_factory=dict)  # by number of sequences
+    _ages: dict[int, int] = field(default_factory=dict)  # steps since the last plain one
+
+    def observe(self, batch: int, seconds: float, *, is_plain: bool) -> None:
+        self._ages[batch] = 0 if is_plain else self._ages.get(batch, 0) + 1
+        if is_plain:
+            known = self._seconds.setdefault(batch, seconds)
+            self._seconds[batch] += _LEARNING_RATE * (min(seconds, 2.0 * known) - known)  # a hiccup tells nothing
+
+    def seconds(self, batch: int) -> float | None:
+        """None where none was seen lately."""
+        return self._seconds.get(batch) if self._ages.get(batch, _PACE_STEPS) < _PACE_STEPS else None
 
 
 @dataclass(slots=True)
@@ -114,6 +149,9 @@ class TreeBudget:
     costly: CostlyDrafting | None = None  # None: no drafter is, or they always run
     prefill: Curve | None = None  # seconds of a pass by positions of prompts
     max_stall_steps: float = 2.0  # plain steps that such a pass may take while others decode
+    # Looking guesses up costs a few percent of a plain step: nothing where it pays, too much where it never does.
+    _cheap: Trials = field(default_factory=lambda: Trials(192, first_pause=96, longest_pause=768, least_gain=1.0))
+    _pace: _PlainPace = field(default_factory=_PlainPace)
     _accepted: float = field(default=1.0)
     _promised: float = field(default=1.0)
     _last_promise: float = field(default=0.0)
@@ -126,11 +164,16 @@ class TreeBudget:
     def start_over(self, costly: CostlyDrafting | None) -> None:
         """Other drafters: what was learnt of the last ones says nothing of them."""
         self.costly = costly
+        self._cheap = replace(self._cheap, _ran=False, _trials={})
         self._accepted = self._promised = 1.0
 
     def wants_costly(self, batch: int) -> bool:
         """Whether the draft that closes a step of so many sequences should run the costly drafters too."""
-        return self.costly is None or self.costly.wanted(batch)
+        return self.costly is None or self.costly.trials.wanted(batch)
+
+    def wants_cheap(self, batch: int) -> bool:
+        """Whether it should run those that only look guesses up; where the costly ones run, these do too."""
+        return self.cost_model is None or self._cheap.wanted(batch)
 
     def price(self, batch: int) -> Price:
         """What the guesses for so many sequences must promise, by the drafters' own probabilities, for trees to be put
@@ -174,27 +217,47 @@ class TreeBudget:
             self._promised += _LEARNING_RATE * (self._last_promise - self._promised)
         elif result.drafted:
             self._accepted += _FADING_RATE * (self._promised - self._accepted)
-        if self.costly is not None and self.cost_model is not None and result.drafted:
-            self._judge(self.costly, self.cost_model, result)
+        if self.cost_model is not None:
+            self._judge(self.cost_model, result, drafting=any(s.request.speculation.may_draft for s in sequences))
 
     def _spent_seconds(self, batch: int) -> float:
         """What a step of so many sequences costs beside its pass whatever is verified."""
-        return 0.0 if self.costly is None or not self.costly.wanted(batch) else self.costly.draft_seconds(batch)
+        return 0.0 if self.costly is None or not self.costly.trials.wanted(batch) else self.costly.draft_seconds(batch)
 
-    def _judge(self, costly: CostlyDrafting, model: CostModel, result: StepResult) -> None:
-        batch, measured = len(result.tokens), result.seconds
-        num_drafted = sum(result.num_drafted)
+    def _judge(self, model: CostModel, result: StepResult, *, drafting: bool) -> None:
+        """In seconds as at start-up: a machine that is slower now is so for drafts, trees and plain steps alike."""
+        batch, measured, num_drafted = len(result.tokens), result.seconds, sum(result.num_drafted)
+        plain = model.plain_seconds(batch)
         seconds = model.step_seconds(batch + num_drafted, batch) + (model.tree_seconds(batch) if num_drafted else 0.0)
-        # A machine that is slower now than at start-up is so for drafts and passes alike.
         passed = measured.verify + measured.accept + measured.commit
-        draft_seconds = measured.draft * seconds / passed if passed > 0.0 else 0.0
-        costly.observe(
+        self._pace.observe(batch, passed, is_plain=num_drafted == 0)
+        pace = self._pace.seconds(batch)
+        draft = costly = 0.0  # on a GPU nothing is measured
+        if passed > 0.0:
+            # What was measured of plain steps is nearer to the truth than the model.
+            scale = seconds / passed if pace is None else plain / pace
+            draft = measured.draft * scale
+            costly = max(draft - model.tree_seconds(batch), 0.0)
+            seconds = passed * scale
+        if not drafting:
+            return
+        num_tokens, rate = sum(map(len, result.tokens)), batch / plain
+        if self.costly is not None:
+            self.costly.observe(
+                batch=batch,
+                ran=result.drafted_costly,
+                num_tokens=num_tokens,
+                seconds=seconds,
+                plain_rate=rate,
+                draft_seconds=costly,
+            )
+        # A step that verifies what the costly ones guessed says nothing of the others.
+        self._cheap.observe(
             batch=batch,
-            ran=result.drafted_costly,
-            num_tokens=sum(map(len, result.tokens)),
-            seconds=seconds,
-            plain_rate=batch / model.plain_seconds(batch),
-            draft_seconds=max(draft_seconds - model.tree_seconds(batch), 0.0),
+            ran=result.drafted and not result.drafted_costly,
+            num_tokens=num_tokens,
+            seconds=seconds + draft,
+            plain_rate=rate,
         )
 
     def _limit(self, sequence: Sequence) -> int:

@@ -84,14 +84,22 @@ class Drafting:
             drafter.observe(committed)
 
     def propose(
-        self, batch: RunningBatch, max_length: int, rows: DraftRows, *, costly: bool, price: Price = FREE
+        self,
+        batch: RunningBatch,
+        max_length: int,
+        rows: DraftRows,
+        *,
+        costly: bool,
+        cheap: bool = True,
+        price: Price = FREE,
     ) -> MergedCandidates | None:
         """Continuations of the roots, best first; None where there is none at all.
 
         max_length: the host's upper bound of the committed lengths. costly: by the drafters that run a network too.
+        cheap: by the others where those do not run.
         price: what they must promise, on a CPU.
         """
-        if rows.are_none:
+        if rows.are_none or not (costly or cheap):
             return None
         bound = min(round_up(max_length + 1), self.history.shape[1])
         context = DraftContext(

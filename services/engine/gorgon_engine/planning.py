@@ -68,9 +68,11 @@ def begin_sampling(sequences: Seq[Sequence], backbone: Backbone) -> tuple[Sampli
     return sampling, counts
 
 
-def wanted_of(sequences: Seq[Sequence], drafters_epoch: int, *, costly: bool, price: Price = FREE) -> Wanted:
-    """What the requests of a pass want of it. drafters_epoch: of the drafters in use. costly, price: of the next
-    tree, as the budget has it."""
+def wanted_of(
+    sequences: Seq[Sequence], drafters_epoch: int, *, costly: bool, cheap: bool = True, price: Price = FREE
+) -> Wanted:
+    """What the requests of a pass want of it. drafters_epoch: of the drafters in use. costly, cheap, price: of
+    the next tree, as the budget has it."""
     batch = len(sequences)
     logprobs = [row for row, s in enumerate(sequences) if s.request.sampling.logprobs is not None]
     traced = [row for row, s in enumerate(sequences) if s.request.trace]
@@ -83,6 +85,7 @@ def wanted_of(sequences: Seq[Sequence], drafters_epoch: int, *, costly: bool, pr
         trace_rows=chosen_rows(traced, batch),
         draft=bool(drafted),
         costly=costly,
+        cheap=cheap,
         price=price,
         rows=DraftRows(chosen_rows(drafted, batch), chosen_rows(known, batch)),
     )

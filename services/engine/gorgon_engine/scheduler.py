@@ -176,6 +176,7 @@ class Scheduler:
                     sequences,
                     self._drafters_epoch,
                     costly=self._budget.wants_costly(len(sequences)),
+                    cheap=self._budget.wants_cheap(len(sequences)),
                     price=self._budget.price(len(sequences)),
                 ),
             )
@@ -201,8 +202,9 @@ class Scheduler:
         ended = [sequence for sequence, chunk in taken if chunk.is_last]
         try:
             sampling, counts = begin_sampling(ended, self._step.backbone)
-            costly = self._budget.wants_costly(decoding + len(ended))
-            wanted = wanted_of(ended, self._drafters_epoch, costly=costly)
+            batch = decoding + len(ended)
+            costly, cheap = self._budget.wants_costly(batch), self._budget.wants_cheap(batch)
+            wanted = wanted_of(ended, self._drafters_epoch, costly=costly, cheap=cheap)
             result = self._step.prefill(chunks, sampling, counts, wanted=wanted)
             for sequence, chunk in taken:
                 sequence.num_prefilled = chunk.stop

@@ -39,6 +39,7 @@ class Wanted:
     trace_rows: tuple[int, ...] | None = None
     draft: bool = True  # a next tree to verify; False = plain decoding, at no cost
     costly: bool = True  # drafted by the drafters that run a network too
+    cheap: bool = True  # drafted by those that look guesses up; they always run where the costly ones do
     price: Price = FREE  # of the next tree: what promises less is not put together
     rows: DraftRows = ALL_ROWS  # drafted for
 
@@ -322,7 +323,9 @@ class SpeculativeStep:
         wanted = wanted or Wanted()
         candidates = None
         if wanted.draft:
-            candidates = self.drafting.propose(batch, max_length, wanted.rows, costly=wanted.costly, price=wanted.price)
+            candidates = self.drafting.propose(
+                batch, max_length, wanted.rows, costly=wanted.costly, cheap=wanted.cheap, price=wanted.price
+            )
         return replace(batch, candidates=candidates)
 
 
@@ -360,7 +363,7 @@ def _read(
         if wanted.trace
         else None,
         seconds=seconds,
-        drafted=wanted.draft,
+        drafted=wanted.draft and (wanted.cheap or wanted.costly),
         drafted_costly=wanted.draft and wanted.costly,
     )
 

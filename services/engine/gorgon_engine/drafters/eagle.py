@@ -4,9 +4,9 @@ The layer's keys and values of every committed position stay in a cache of its o
 follow from each position's inputs alone (there is one layer), so that what is committed is remembered in one batched
 projection, and no state depends on how the text was split into steps.
 
-On a CPU, where a step in which nothing is drafted must cost next to nothing, what was committed waits until a draft (or
-a new sequence) needs it. On native kernels the dynamic search is one call, and so is what is remembered
-(`kernels/cpu/eagle.py`).
+On a CPU, where a step in which nothing is drafted must cost next to nothing, what was committed waits until a draft
+needs it; what another sequence in the same slot has outlived by then is never computed. On native kernels the dynamic
+search is one call, and so is what is remembered (`kernels/cpu/eagle.py`).
 
 Letters: B sequences, E rows of a sequence, R rows of all of them, W paths in the beam, M choices or positions, S slots,
 G KV heads, P positions of a slot, D head dimension, C hidden size, V tokens that can be drafted.
@@ -28,7 +28,7 @@ from gorgon_engine.kernels.cpu.eagle import NativeEagle, NativeEagleMemory
 from gorgon_engine.tree.builders import RankPath
 from gorgon_engine.tree.candidates import CandidateTree
 
-_MAX_WAITING_ROWS = 512
+_MAX_WAITING_ROWS = 4096
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -62,7 +62,8 @@ class _Rows:
     next_tokens: Tensor  # [R] int64
 
     @classmethod
-    def of(cls, committed: Committed) -> Self:
+    def of(cls, committed: Committed, wanted: Tensor | None = None) -> Self:
+        """wanted: [B] bool, sequences that are still there; on a CPU. None = all."""
         device = committed.hidden.device
         steps = torch.arange(committed.hidden.shape[1], device=device)
         positions = committed.starts[:, None] + steps  # [B, E]
@@ -71,12 +72,16 @@ class _Rows:
         if device.type != "cpu":
             return cls(*(part.flatten(0, 1) for part in parts))  # of one shape, padding and all
         real = steps < committed.counts[:, None]
+        real = real if wanted is None else real & wanted[:, None]
         return cls(*(part[real] for part in parts))
 
     @classmethod
-    def of_all(cls, several: Sequence[Committed]) -> Self:
-        """They share no place."""
-        rows = [cls.of(committed) for committed in several]
+    def of_all(cls, several: Sequence["_Waiting"], tenants: Tensor) -> Self:
+        """Those of the sequences that have the slots now: [S]. They share no place."""
+        rows = [
+            cls.of(one.committed, None if one.tenants is None else one.tenants == tenants[one.committed.slots])
+            for one in several
+        ]
         if len(rows) == 1:
             return rows[0]
         names = ("slots", "positions", "hidden", "next_tokens")
@@ -88,6 +93,14 @@ class _Rows:
         return Committed(self.slots, self.positions, self.hidden[:, None], self.next_tokens[:, None], counts)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Waiting:
+    """What is not remembered yet."""
+
+    committed: Committed
+    tenants: Tensor | None  # [B] int64, whose it is; None on a GPU, where nothing waits
+
+
 class _Memory:
     """The keys and values of S slots, and what waits to become such."""
 
@@ -96,8 +109,15 @@ class _Memory:
         self.keys = zeros  # [S, G, P, D]
         self.values = zeros.clone()  # [S, G, P, D]
         self.native: NativeEagleMemory | None = None  # the same, for native calls
-        self.waiting: list[Committed] = []
+        self.waiting: list[_Waiting] = []
         self.num_waiting = 0  # rows, padding counted
+        self.tenants = torch.zeros(zeros.shape[0], dtype=torch.int64)  # [S] sequences that each slot has had
+
+    def drop_outlived(self) -> None:
+        """Keep of what waits only what concerns the sequences that have the slots now."""
+        rows = _Rows.of_all(self.waiting, self.tenants).as_committed()
+        self.waiting = [_Waiting(rows, self.tenants[rows.slots])]
+        self.num_waiting = rows.next_tokens.numel()
 
     @classmethod
     def of(cls, head: EagleHead, native: NativeEagle | None, num_slots: int, num_positions: int) -> Self:
@@ -155,13 +175,17 @@ class EagleDrafter:
         """As `StatefulDrafter.observe`. Rows that would lie behind the last position must be padding."""
         memory = self._memory
         assert memory is not None, "a drafter observes the sequences of the slots that it was made for"
-        on_cpu = committed.hidden.device.type == "cpu"
-        # A new sequence may be in the slot of one that ended: no place twice.
-        if on_cpu and memory.waiting and not bool(committed.starts.all()):
-            self._remember(memory)
-        memory.waiting.append(committed)
+        tenants = None
+        if committed.hidden.device.type == "cpu":
+            memory.tenants[committed.slots] += committed.starts == 0
+            tenants = memory.tenants[committed.slots]
+        memory.waiting.append(_Waiting(committed, tenants))
         memory.num_waiting += committed.next_tokens.numel()
-        if not on_cpu or memory.num_waiting >= _MAX_WAITING_ROWS:
+        if tenants is not None and memory.num_waiting < _MAX_WAITING_ROWS:
+            return
+        if tenants is not None:
+            memory.drop_outlived()
+        if memory.num_waiting > _MAX_WAITING_ROWS // 2 or tenants is None:
             self._remember(memory)
 
     def _remember(self, memory: _Memory) -> None:
@@ -170,10 +194,11 @@ class EagleDrafter:
         if not waiting:
             return
         if memory.native is None:
-            self._remember_rows(memory, _Rows.of_all(waiting))
+            self._remember_rows(memory, _Rows.of_all(waiting, memory.tenants))
         else:
             # One alone, as after every step that drafts, is taken as it is.
-            committed = waiting[0] if len(waiting) == 1 else _Rows.of_all(waiting).as_committed()
+            alone = len(waiting) == 1
+            committed = waiting[0].committed if alone else _Rows.of_all(waiting, memory.tenants).as_committed()
             memory.native.observe(
                 slots=committed.slots,
                 starts=committed.starts,
