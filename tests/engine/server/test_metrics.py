@@ -6,8 +6,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from gorgon_engine.events import TokenEvent
+from gorgon_engine.outcome import StepSeconds
 from gorgon_engine.server.metrics import EngineMetrics, StepTally
-from gorgon_engine.step import StepSeconds
 from gorgon_protocol.messages import MESSAGE, FinishedMessage
 
 NAMES = {

@@ -26,7 +26,7 @@ from prometheus_client import (
 
 if TYPE_CHECKING:
     from gorgon_engine.events import FinishedEvent, TokenEvent
-    from gorgon_engine.step import StepSeconds
+    from gorgon_engine.outcome import StepSeconds
 
 _TTFT = (0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0)
 _TOKEN = (0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.2, 0.4, 0.8, 2.5, 10.0)
