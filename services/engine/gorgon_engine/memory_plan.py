@@ -98,11 +98,25 @@ def largest_num_slots(shape: EngineShape, free_bytes: int) -> int:
 def weight_bytes(config: BackboneConfig, *, nf4: bool, element_size: int) -> int:
     """Of a backbone as it is while it loads: in NF4 as saved and as packed, both at once."""
     width = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim  # of q, k and v
-    attention = config.hidden_size * width + config.num_heads * config.head_dim * config.hidden_size
-    weights = config.num_layers * (attention + 3 * config.hidden_size * config.intermediate_size)
-    a_weight = _NF4_BYTES + _PACKED_NF4_BYTES if nf4 else element_size
+    matrices = (  # [out, in]
+        (width, config.hidden_size),
+        (config.hidden_size, config.num_heads * config.head_dim),
+        (2 * config.intermediate_size, config.hidden_size),
+        (config.hidden_size, config.intermediate_size),
+    )
+    if nf4:
+        a_layer = sum(
+            out * size * _NF4_BYTES + _padded(out) * _padded(size) * _PACKED_NF4_BYTES for out, size in matrices
+        )
+    else:
+        a_layer = sum(out * size for out, size in matrices) * element_size
     ends = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
-    return int(weights * a_weight) + ends * element_size
+    return int(config.num_layers * a_layer) + ends * element_size
+
+
+def _padded(size: int) -> int:
+    """As `nf4_packing` fills matrices up."""
+    return -(-size // 256) * 256
 
 
 def check_weights_fit(config: BackboneConfig, *, nf4: bool, element_size: int, free_bytes: int) -> None:

@@ -26,12 +26,13 @@ CONFIGS: dict[str, PreTrainedConfig] = {
         **SHAPE | {"max_position_embeddings": 16, "num_hidden_layers": 1},
         rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0},
     ),
-    # Like SmolLM2: three query heads a KV head, a hidden size that no block of the kernels divides.
+    # Like SmolLM2: three query heads a KV head, a hidden size that no block of the kernels divides. Its last product
+    # leaves three partial sums.
     "llama-group-of-3": LlamaConfig(
-        **SHAPE | {"hidden_size": 192, "num_attention_heads": 3, "head_dim": 128, "num_hidden_layers": 1}
+        **SHAPE
+        | {"hidden_size": 192, "intermediate_size": 768, "num_attention_heads": 3, "head_dim": 128}
+        | {"num_hidden_layers": 1}
     ),
-    # The product behind it leaves more than one partial sum.
-    "llama-wide": LlamaConfig(**SHAPE | {"intermediate_size": 512}),
     "qwen2": Qwen2Config(  # a bias on qkv
         **{k: v for k, v in SHAPE.items() if k != "head_dim"} | {"hidden_size": 128, "num_hidden_layers": 1}
     ),
@@ -46,7 +47,6 @@ from gorgon_engine.backbone.base import ForwardInputs, LogitsFor
 from gorgon_engine.backbone.torch_backbone import TorchBackbone
 from gorgon_engine.backbone import triton_backbone
 from gorgon_engine.backbone.triton_backbone import TritonBackbone
-from gorgon_engine.kernels.triton.nf4_linear import Nf4Variant
 from gorgon_engine.kernels.triton.nf4_packing import pack_nf4, reference_weights
 from gorgon_engine.kv_cache import KVCache
 from gorgon_engine.models.linear import DenseLinear
@@ -57,8 +57,8 @@ from gorgon_engine.tree.tree import ancestor_words, tree_mask
 torch.backends.cuda.matmul.allow_tf32 = False
 torch.manual_seed(0)
 device = torch.device(device)
-# A GPU's kernels multiply in 16 bits; the interpreter's arithmetic in bfloat16 is wrong.
-dtype = torch.float16 if device.type == "cuda" else torch.float32
+# On a GPU what it serves; the interpreter's arithmetic in bfloat16 is wrong.
+dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
 weights = load_weights(Path(FOLDER), quantization=QUANTIZATION, dtype=dtype, device=device)
 config = weights.config
 
@@ -69,7 +69,7 @@ def as_packed(linear):
         return linear
     w = linear.weight
     packed = pack_nf4(w.packed, w.absmax, w.code, w.out_features, w.in_features)
-    return DenseLinear(reference_weights(packed).to(dtype), linear.bias)
+    return DenseLinear(reference_weights(packed, dtype), linear.bias)
 
 
 def dense(weights):
@@ -81,7 +81,7 @@ def dense(weights):
     return replace(weights, layers=tuple(changed))
 
 
-backbone = TritonBackbone(weights, device=device, dtype=dtype, max_depth=7, variant=Nf4Variant.PORTABLE)
+backbone = TritonBackbone(weights, device=device, dtype=dtype, max_depth=7)
 
 
 def make_cache(slots=4, capacity=200):
@@ -121,7 +121,7 @@ AGAINST_TORCH = (
     COMMON
     + """
 expected_name = {"nf4": "triton-nf4", "none": f"triton-{str(dtype)[6:]}"}[QUANTIZATION]
-assert backbone.kernels == expected_name, backbone.kernels
+assert backbone.kernels.removesuffix("-gluon") == expected_name, backbone.kernels
 reference = TorchBackbone(dense(weights), device=device, dtype=dtype, quantization="none")
 prompts = [some_tokens(size) for size in (3, 18)]
 tokens, parents = some_tokens(2, 4), torch.tensor([[-1, 0, 0, 1], [-1, 0, 1, 0]], device=device)
@@ -146,13 +146,13 @@ def check(given, tolerance):
 
 expected, given = outputs(reference), outputs(backbone)
 assert expected[0].float().std() > 0.3, "logits without a shape would prove nothing"
-tolerance = 3e-2 if dtype == torch.float16 else 2e-3
+tolerance = 6e-2 if dtype == torch.bfloat16 else 2e-3
 check(given, tolerance)
 if LONG:
     triton_backbone.MAX_TILED_ROWS = 2  # prompts through weights that are written out
     long = outputs(backbone)
     check(long, tolerance)
-    assert not torch.equal(given[0], long[0]), "they are as long as before"
+    assert not all(map(torch.equal, given, long)), "they went the same way as before"
 cache = make_cache()
 (nothing,) = prefill(backbone, cache, cache.acquire(), prompts[0], 17, LogitsFor.NONE)
 assert nothing.logits.shape == (1, 0, config.vocab_size)
@@ -215,8 +215,8 @@ def program(text: str, folder: Path, quantization: str, **values: Any) -> str:
     [
         ("llama-bias-tied", "none", True),
         ("llama-dynamic", "none", False),
-        ("llama-group-of-3", "nf4", True),
-        ("qwen2", "nf4", False),
+        ("llama-group-of-3", "nf4", False),
+        ("qwen2", "nf4", True),
         ("qwen3", "none", False),
     ],
 )
@@ -227,7 +227,7 @@ def test_it_says_what_torch_says(name: str, quantization: str, long: bool, tmp_p
 
 @pytest.mark.parametrize(
     ("name", "quantization", "widths"),
-    [("llama-wide", "nf4", [(2, 100), (18, 0)]), ("llama-bias-tied", "none", [(5, 0), (33, 100)])],
+    [("llama-bias-tied", "nf4", [(2, 100), (18, 0)]), ("qwen3", "none", [(5, 0), (33, 100)])],
 )
 def test_a_token_says_the_same_in_any_tree_and_in_any_company(
     name: str, quantization: str, widths: list[tuple[int, int]], tmp_path: Path

@@ -15,7 +15,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from gorgon_engine.kernels.triton.early_launch import early_options
 from gorgon_engine.kernels.triton.partials import add_partials
 
 
@@ -24,8 +26,11 @@ def _rope_append_kernel(  # type: ignore[no-untyped-def]
     partials_ptr, cos_ptr, sin_ptr, slots_ptr, lengths_ptr, q_norm_ptr, k_norm_ptr, query_ptr, keys_ptr, values_ptr,
     eps, num_rows, rows_each, num_positions,
     NUM_PARTIALS: tl.constexpr, NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HALF: tl.constexpr,
-    HAS_NORMS: tl.constexpr,
+    HAS_NORMS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     head_dim: tl.constexpr = 2 * HALF
     all_heads: tl.constexpr = NUM_HEADS + 2 * NUM_KV_HEADS
     row = tl.program_id(0).to(tl.int64)
@@ -92,7 +97,7 @@ def rope_append(
         partials, cos, sin, slots, lengths, cos if q_norm is None else q_norm, cos if k_norm is None else k_norm,
         query, keys, values, eps, num_rows, num_rows // slots.shape[0], num_positions,
         NUM_PARTIALS=num_partials, NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HALF=head_dim // 2,
-        HAS_NORMS=q_norm is not None, num_warps=1,
+        HAS_NORMS=q_norm is not None, num_warps=1, **early_options(query.device),
     )  # fmt: skip
 
 

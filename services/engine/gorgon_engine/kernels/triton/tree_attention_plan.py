@@ -46,7 +46,7 @@ class TreeAttentionPlan:
     num_stages: int = 3
     fold_warps: int = 1
     tensor_descriptors: bool = False  # keys and values through TMA: compute capability 9 and above
-    early_fold: bool = False  # the second kernel starts before the first has ended (programmatic dependent launch)
+    early_fold: bool = False  # kernels start before those in front have ended (`early_launch`)
 
     def __post_init__(self) -> None:
         if self.head_dim not in HEAD_DIMS:
