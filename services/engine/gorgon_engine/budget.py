@@ -179,8 +179,8 @@ class TreeBudget:
     def price(self, batch: int) -> Price:
         """What the guesses for so many sequences must promise, by the drafters' own probabilities, for trees to be put
         together at all."""
-        if self.cost_model is None:
-            return FREE
+        if self.cost_model is None or not (self.wants_costly(batch) or self.wants_cheap(batch)):
+            return FREE  # nothing was measured, or nothing is asked for
         price = self.cost_model.price(batch, spent_seconds=self._spent_seconds(batch), least_gain=_LEAST_GAIN)
         return Price(row=price.row / self.trust, tree=price.tree / self.trust)
 
