@@ -8,6 +8,7 @@ export default defineConfig({
     globalSetup: ["tests/e2e/support/globalSetup.ts"],
     fileParallelism: false,
     testTimeout: 90_000,
+    expect: { poll: { timeout: 20_000 } }, // the machine may be busy, and a test tells what happens, not how soon
     hookTimeout: 180_000,
   },
 });

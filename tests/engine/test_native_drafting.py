@@ -27,6 +27,7 @@ from gorgon_engine.tree.tree import (
     merge_candidates,
     merge_reference,
 )
+from support.native import num_threads
 
 # What a machine without the newer instructions would run; the flags only take away.
 BUILDS = {
@@ -112,14 +113,10 @@ def test_a_row_of_top_log_probs_does_not_see_the_others_or_the_threads(
     # Enough rows that threads share the work.
     logits = logits.repeat(-(-300_000 // logits.numel()), 1)
     k = data.draw(st.integers(1, min(logits.shape[1], 12)))
-    before = library.num_threads
-    try:
-        results = []
-        for threads in (1, 2, 3):
-            library.set_num_threads(threads)
+    results = []
+    for threads in (1, 2, 3):
+        with num_threads(library, threads):
             results.append(top_log_probs(logits, k, library=library))
-    finally:
-        library.set_num_threads(before)
     for other in results[1:]:
         assert torch.equal(other.log_probs, results[0].log_probs)
         assert torch.equal(other.ids, results[0].ids)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from gorgon_engine.kernels.cpu import Kind, NativeLayer, NativeLibrary, NativeModel, PackedLinear, load_library
+from support.native import num_threads
 
 # What a machine without the newer instructions would run; the flags only take away.
 BUILDS = {
@@ -255,13 +256,9 @@ def test_slots_mix_in_any_order_and_threads_do_not_matter(rig: Rig, library: Nat
     joined = Rows(*(torch.cat([getattr(b, name) for b in both]) for name in Rows.__dataclass_fields__))
     order = torch.randperm(560, generator=rig.generator)
     expected = tuple(torch.cat([a[i] for a in apart])[order] for i in range(2))
-    before = library.num_threads
-    try:
-        for threads in (1, 2, 3):
-            library.set_num_threads(threads)
+    for threads in (1, 2, 3):
+        with num_threads(library, threads):
             assert_same((expected[0], expected[1]), rig.run(joined[order]))
-    finally:
-        library.set_num_threads(before)
 
 
 @pytest.mark.parametrize("name", [name for name, variant in VARIANTS.items() if variant.kind == "int8"])

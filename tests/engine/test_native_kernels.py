@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from gorgon_engine.kernels.cpu import Kind, NativeLibrary, PackedLinear, load_library, set_num_threads
 from gorgon_engine.kernels.cpu.build import cpu_identity
+from support.native import num_threads
 
 GROUP = 64
 # What a machine without the newer instructions would run; the flags only take away.
@@ -132,12 +133,8 @@ def test_int8_has_the_same_bits_on_every_instruction_set(
     results = {}
     for name, flags in BUILDS.items():
         library = load_library(flags)
-        before = library.num_threads
-        library.set_num_threads(threads)
-        try:
+        with num_threads(library, threads):
             results[name] = PackedLinear.pack(weight, bias, "int8", library=library)(x)
-        finally:
-            library.set_num_threads(before)
     for name, result in results.items():
         assert torch.equal(result, results["generic"]), name
     assert results["generic"].isfinite().all()

@@ -67,7 +67,8 @@ class Trials:
         trial, verified = self._trial(batch), self._ran
         self._ran = ran
         if not ran:
-            trial.steps_left = max(trial.steps_left - 1, 0)
+            if trial.paused:
+                trial.steps_left = max(trial.steps_left - 1, 0)
             return
         if trial.paused:  # the pause is over
             trial.paused = False
@@ -178,8 +179,8 @@ class TreeBudget:
     def price(self, batch: int) -> Price:
         """What the guesses for so many sequences must promise, by the drafters' own probabilities, for trees to be put
         together at all."""
-        if self.cost_model is None:
-            return FREE
+        if self.cost_model is None or not (self.wants_costly(batch) or self.wants_cheap(batch)):
+            return FREE  # nothing was measured, or nothing is asked for
         price = self.cost_model.price(batch, spent_seconds=self._spent_seconds(batch), least_gain=_LEAST_GAIN)
         return Price(row=price.row / self.trust, tree=price.tree / self.trust)
 
@@ -243,18 +244,17 @@ class TreeBudget:
     def _judge(self, model: CostModel, result: StepResult, *, drafting: bool) -> None:
         """In seconds as at start-up: a machine that is slower now is so for drafts, trees and plain steps alike."""
         batch, measured, num_drafted = len(result.tokens), result.seconds, sum(result.num_drafted)
-        plain = model.plain_seconds(batch)
-        seconds = model.step_seconds(batch + num_drafted, batch) + (model.tree_seconds(batch) if num_drafted else 0.0)
+        plain, seconds = model.plain_seconds(batch), model.step_seconds(batch + num_drafted, batch)
+        trees, costly = model.tree_seconds(batch) if num_drafted else 0.0, 0.0
         passed = measured.verify + measured.accept + measured.commit
         self._pace.observe(batch, passed, is_plain=num_drafted == 0)
         pace = self._pace.seconds(batch)
-        draft = costly = 0.0  # on a GPU nothing is measured
-        if passed > 0.0:
+        if passed > 0.0:  # else on a GPU, where nothing is measured
             # What was measured of plain steps is nearer to the truth than the model.
             scale = seconds / passed if pace is None else plain / pace
-            draft = measured.draft * scale
-            costly = max(draft - model.tree_seconds(batch), 0.0)
             seconds = passed * scale
+            trees = min(measured.draft * scale, model.tree_seconds(batch))
+            costly = measured.draft * scale - trees
         if not drafting:
             return
         num_tokens, rate = sum(map(len, result.tokens)), batch / plain
@@ -263,7 +263,7 @@ class TreeBudget:
                 batch=batch,
                 ran=result.drafted_costly,
                 num_tokens=num_tokens,
-                seconds=seconds,
+                seconds=seconds + trees,
                 plain_rate=rate,
                 draft_seconds=costly,
             )
@@ -272,7 +272,7 @@ class TreeBudget:
             batch=batch,
             ran=result.drafted and not result.drafted_costly,
             num_tokens=num_tokens,
-            seconds=seconds + draft,
+            seconds=seconds + trees + costly,
             plain_rate=rate,
         )
 

@@ -16,7 +16,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.routing import WebSocketRoute
-from starlette.websockets import WebSocket
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gorgon_gateway import openai, rest
 from gorgon_gateway.gateway import Gateway
@@ -75,13 +75,19 @@ def _add_routes(app: FastAPI, gateway: Gateway) -> None:
     app.include_router(rest.make_router(gateway))
     app.include_router(openai.make_router(gateway.relay, gateway.engines, gateway.settings))
     app.router.routes.append(WebSocketRoute(_STREAM, gateway.stream))
-    app.router.routes.append(WebSocketRoute("/{path:path}", _no_such_socket))
     app.router.routes.extend(page_routes(gateway.settings.web_root))
+    app.router.default = _no_route(app.router.default)
 
 
-async def _no_such_socket(websocket: WebSocket) -> None:
-    """Starlette's own refusal is a 403 without a word."""
-    raise NotFoundError(f"{websocket.scope['path'][:200]}: no such WebSocket: use {_STREAM}")
+def _no_route(of_http: ASGIApp) -> ASGIApp:
+    """What answers where no route does. Starlette's own refusal of a WebSocket is a 403 without a word."""
+
+    async def no_route(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":
+            raise NotFoundError(f"{scope['path'][:200]}: no such WebSocket: use {_STREAM}")
+        await of_http(scope, receive, send)
+
+    return no_route
 
 
 def _add_middleware(app: FastAPI, gateway: Gateway) -> None:

@@ -45,7 +45,7 @@ def test_a_websocket_is_named_by_its_route() -> None:
     assert access_log(entries) == [("WEBSOCKET", "/generate_stream", 101)]
 
 
-def test_a_websocket_to_nowhere_has_no_route() -> None:
+def test_a_websocket_to_nowhere_has_no_route(caplog: pytest.LogCaptureFixture) -> None:
     async def knock(url: str) -> int:
         with pytest.raises(InvalidStatus) as refused:
             async with connect(f"{url}/nothing/here", proxy=None):
@@ -54,4 +54,6 @@ def test_a_websocket_to_nowhere_has_no_route() -> None:
 
     with capture_logs() as entries, running_gateway(NOWHERE, ready=False) as gateway:
         status = asyncio.run(knock(gateway.url.replace("http", "ws", 1)))
-    assert access_log(entries) == [("WEBSOCKET", "other", status)]
+    assert status == 404
+    assert access_log(entries) == [("WEBSOCKET", "other", 404)]
+    assert not caplog.records, "uvicorn has nothing to say of it"

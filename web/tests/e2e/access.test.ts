@@ -7,8 +7,18 @@ import { test } from "./support/browser";
 const { source: AXE } = createRequire(import.meta.url)("axe-core") as { source: string };
 const PROMPT = "Repeat after me, three times: the quick brown fox jumps over the lazy dog.";
 
+/** Colours on their way from one state to the next are nobody's to read: until they have arrived. */
+async function settled(): Promise<void> {
+  for (let frames = 0; frames < 2; frames += 1) await new Promise(requestAnimationFrame);
+  const ending = document
+    .getAnimations()
+    .filter((animation) => animation.effect?.getComputedTiming().endTime !== Number.POSITIVE_INFINITY);
+  await Promise.allSettled(ending.map((animation) => animation.finished));
+}
+
 /** What axe finds serious or critical, one line each. */
 async function violations(page: Page): Promise<string[]> {
+  await page.evaluate(settled);
   // Evaluated by the debugger, which the page's own policy does not bind.
   await page.evaluate(AXE);
   const { violations: found } = await page.evaluate(

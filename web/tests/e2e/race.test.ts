@@ -49,7 +49,7 @@ test("a race ends with equal texts, both lanes' figures and their ratio", async 
 test("a race together and one that is stopped", async ({ visit }) => {
   const visitor = await visit();
   const { page } = visitor;
-  await visitor.set({ "Max tokens": "40", Temperature: "0.9" });
+  await visitor.set({ "Max tokens": "40", Temperature: "0.9", Seed: "7" });
   await visitor.choose("Race");
   await page.getByRole("button", { name: "Start the race" }).click();
   await page.getByRole("alert").filter({ hasText: "Write a prompt first" }).waitFor();

@@ -175,18 +175,17 @@ class EagleDrafter:
         """As `StatefulDrafter.observe`. Rows that would lie behind the last position must be padding."""
         memory = self._memory
         assert memory is not None, "a drafter observes the sequences of the slots that it was made for"
-        tenants = None
-        if committed.hidden.device.type == "cpu":
-            memory.tenants[committed.slots] += committed.starts == 0
-            tenants = memory.tenants[committed.slots]
-        memory.waiting.append(_Waiting(committed, tenants))
-        memory.num_waiting += committed.next_tokens.numel()
-        if tenants is not None and memory.num_waiting < _MAX_WAITING_ROWS:
-            return
-        if tenants is not None:
-            memory.drop_outlived()
-        if memory.num_waiting > _MAX_WAITING_ROWS // 2 or tenants is None:
+        if committed.hidden.device.type != "cpu":
+            memory.waiting.append(_Waiting(committed, None))
             self._remember(memory)
+            return
+        memory.tenants[committed.slots] += committed.starts == 0
+        memory.waiting.append(_Waiting(committed, memory.tenants[committed.slots]))
+        memory.num_waiting += committed.next_tokens.numel()
+        if memory.num_waiting >= _MAX_WAITING_ROWS:
+            memory.drop_outlived()
+            if memory.num_waiting > _MAX_WAITING_ROWS // 2:
+                self._remember(memory)
 
     def _remember(self, memory: _Memory) -> None:
         """Compute the keys and values of what waits."""
