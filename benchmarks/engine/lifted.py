@@ -1,6 +1,7 @@
 """What speculation brings at the cost of Llama-3-8B: SmolLM2-135M in NF4 inside its matrices, plain and speculative.
 
-    python benchmarks/engine/lifted.py [--one] [--steps] [--batches] [--checks] [--control] [--memory] [--json FILE]
+    python benchmarks/engine/lifted.py [--one] [--steps] [--batches] [--checks] [--profile] [--control]
+        [--memory] [--json FILE]
 
 The weights of Llama-3-8B are gated. The model measured here has exactly its shapes and computes exactly what SmolLM2
 computes (`lifting`): a step costs what it costs there, while text and acceptance are SmolLM2's and its heads'. Both
@@ -9,6 +10,7 @@ contestants are one engine with the same kernels, asked in turns. Each part, all
 --memory    peak of one sequence of 4,096 positions under a 16 GB cap; of eight with heads
 --checks    float32: the tokens of the small model itself; as served: its likeliest tokens, teacher-forced
 --steps     milliseconds of a step by its nodes, drafting included
+--profile   the GPU's time of a step by kernel, with 1 node and with 32
 --control   the same with random layers: the zeros of lifted matrices must not be what makes them fast
 --one       one stream over MT-bench, greedy and at T=0.7: tokens/s, tokens a step, identity
 --batches   8 and 32 streams: tokens/s of all together

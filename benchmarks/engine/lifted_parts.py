@@ -17,7 +17,7 @@ from lifted_model import serve_float32
 
 from gorgon_engine.backbone.base import Backbone, ForwardInputs, LogitsFor
 from gorgon_engine.engine import Engine, LoadedParts
-from gorgon_engine.events import FinishedEvent
+from gorgon_engine.events import FinishedEvent, TokenEvent
 from gorgon_engine.kv_cache import KVCache
 from gorgon_engine.sampling import SamplingParams
 from gorgon_engine.sequence import SpeculationParams
@@ -26,6 +26,7 @@ from gorgon_protocol.errors import GorgonError
 
 TEMPERATURES = (0.0, 0.7)
 CAP_BYTES = 16_000_000_000
+PROFILE_NODES = (1, 32)
 
 
 def measure_one(bench: Bench, options: Options) -> Section:
@@ -162,6 +163,50 @@ def step_times(
         "num_steps": len(steps),
         "how": graphs_line(engine),
     }
+
+
+def measure_profile(bench: Bench, options: Options) -> Section:
+    """What the GPU does in a step, by kernel: of plain decoding, and of a tree of 32."""
+    profiles = {nodes: kernel_times(bench, options, nodes) for nodes in PROFILE_NODES}
+    names = sorted(
+        {name for profile in profiles.values() for name in profile},
+        key=lambda name: -profiles[PROFILE_NODES[-1]].get(name, (0.0, 0.0))[1],
+    )
+    lines = ["".join(f"{f'{nodes} nodes: calls':>18}{'us':>9}" for nodes in PROFILE_NODES) + "  kernel"]
+    for name in [*names[:24], "all"]:
+        cells = []
+        for profile in profiles.values():
+            calls, microseconds = profile.get(name, (0.0, 0.0))
+            if name == "all":
+                calls, microseconds = (sum(column) for column in zip(*profile.values(), strict=True))
+            cells.append(f"{calls:18.1f}{microseconds:9.1f}")
+        lines.append("".join(cells) + f"  {name[:70]}")
+    title = "GPU time of a step by kernel (where one starts early, it waits in its own time)"
+    return Section("profile", title, lines, {"kernels": profiles})
+
+
+def kernel_times(bench: Bench, options: Options, nodes: int) -> dict[str, tuple[float, float]]:
+    """Calls and microseconds of a step by the name of the kernel."""
+    engine = bench.engine(options, adaptive=False, max_nodes=max(nodes, 2))
+    stream = Stream("profile", engine, speculate=nodes > 1)
+    prompt = bench.prompts(engine, 1)[0]
+    stream.answer(prompt, options.tokens)
+    engine.submit(stream.request(prompt, options.tokens))
+    for _ in range(6):  # the prompt, and steps until they replay
+        engine.step()
+    num_steps = 0
+    on_gpu = bench.device.type == "cuda"
+    activity = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[activity]) as profiler:
+        while engine.has_work:
+            num_steps += sum(isinstance(event, TokenEvent) for event in engine.step())
+        if on_gpu:
+            torch.cuda.synchronize()
+    times = {
+        event.key: (event.count, event.self_device_time_total if on_gpu else event.self_cpu_time_total)
+        for event in profiler.key_averages()
+    }
+    return {name: (count / num_steps, spent / num_steps) for name, (count, spent) in times.items() if spent}
 
 
 def measure_control(bench: Bench, options: Options) -> Section:
@@ -372,6 +417,7 @@ PARTS: dict[str, Callable[[Bench, Options], Section]] = {
     "memory": measure_memory,
     "checks": check,
     "steps": measure_steps,
+    "profile": measure_profile,
     "control": measure_control,
     "one": measure_one,
     "batches": measure_batches,

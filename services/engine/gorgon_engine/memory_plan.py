@@ -134,6 +134,8 @@ def check_weights_fit(config: BackboneConfig, *, nf4: bool, element_size: int, f
 def free_bytes(device: torch.device) -> int:
     """What a process may still take of a GPU's memory: what is free there, and what torch holds without using it; less
     where torch was told to keep below a share of it."""
+    if device.index is None:
+        device = torch.device(device.type, torch.cuda.current_device())  # one of torch's calls asks for a number
     held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     free, total = torch.cuda.mem_get_info(device)
     allowed = torch.cuda.get_per_process_memory_fraction(device) * total - torch.cuda.memory_allocated(device)

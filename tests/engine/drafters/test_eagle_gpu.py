@@ -133,7 +133,9 @@ assert_same(alone, type(want)(want.tokens[1:2], want.parents[1:2], want.log_prob
 """
 
 NF4 = """
-head = make_head()
+# Rounded to what the kernels are given, before the code is chosen: elsewhere the two would differ by whole steps of it.
+head = make_head().to(dtype).float()
+rows = rows.to(dtype).float()
 quantised = make_head()
 from gorgon_engine.heads.eagle_layer import quantize_nf4
 from gorgon_engine.kernels.triton.nf4_packing import pack_nf4, reference_weights

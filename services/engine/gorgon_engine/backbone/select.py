@@ -164,7 +164,7 @@ def _nf4_variant(
     from gorgon_engine.kernels.triton.nf4_linear import Nf4Variant, default_variant
 
     is_nf4 = _quantization_of(weights) == Quantization.NF4
-    if not is_nf4 or dtype != torch.bfloat16 or default_variant(device) is Nf4Variant.PORTABLE:
+    if not is_nf4 or default_variant(device, dtype) is Nf4Variant.PORTABLE:
         return None, []
     try:
         import gorgon_engine.kernels.triton.nf4_gluon  # noqa: F401

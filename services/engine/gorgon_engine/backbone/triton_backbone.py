@@ -77,9 +77,7 @@ class TritonBackbone:
         config = weights.config
         assert not any(config.sliding_windows)
         assert isinstance(weights.lm_head, DenseLinear)
-        # The Hopper kernel multiplies bfloat16 alone.
-        best = default_variant(device) if dtype == torch.bfloat16 else Nf4Variant.PORTABLE
-        variant = variant or best
+        variant = variant or default_variant(device, dtype)
         self.config: BackboneConfig = config
         self.device = device
         self.dtype = dtype

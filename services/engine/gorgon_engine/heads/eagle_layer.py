@@ -73,10 +73,8 @@ class Nf4Product:
     @classmethod
     def of(cls, weight: PackedNf4, dtype: torch.dtype, *, max_partials: int = 8) -> Self:
         """dtype: of the rows that come. max_partials: 1 for a product that is read as it is."""
-        # The Hopper kernel multiplies bfloat16 alone.
-        hopper = default_variant(weight.words.device) if dtype == torch.bfloat16 else Nf4Variant.PORTABLE
         plan = plan_nf4(weight.num_row_blocks, weight.num_input_blocks, max_partials=max_partials)
-        return cls(weight, plan, hopper)
+        return cls(weight, plan, default_variant(weight.words.device, dtype))
 
     def __call__(self, x: Tensor) -> Tensor:
         return nf4_linear(x, self._weight, self._plan, variant=self._variant)
