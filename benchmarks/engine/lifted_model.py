@@ -15,27 +15,21 @@ from torch import Tensor
 from gorgon_engine.backbone.base import Backbone
 from gorgon_engine.backbone.select import serve_weights
 from gorgon_engine.backbone.torch_backbone import TorchBackbone
-from gorgon_engine.drafters import select as drafter_choice
 from gorgon_engine.drafters.base import Drafter
 from gorgon_engine.drafters.ngram import NgramDrafter
-from gorgon_engine.drafters.select import HeadsTree
+from gorgon_engine.drafters.select import HeadsTree, heads_drafter
 from gorgon_engine.engine import LoadedParts
 from gorgon_engine.heads.bundled import bundled_heads
 from gorgon_engine.heads.checkpoint import LoadedHeads, read_heads, resolve_heads
 from gorgon_engine.heads.eagle import EagleHead
 from gorgon_engine.models.linear import DenseLinear, Linear, LinearRole
 from gorgon_engine.models.loading import BackboneWeights, LayerWeights, load_weights
-from gorgon_engine.models.nf4 import BLOCK_SIZE, Nf4Linear, Nf4Tensor
+from gorgon_engine.models.nf4 import BLOCK_SIZE, Nf4Linear, Nf4Tensor, quantize_nf4
 from gorgon_engine.prepared import HeadsDescription
 from gorgon_engine.tokenizer import Tokenizer
 from gorgon_protocol.errors import HeadsError, ModelError
 from gorgon_protocol.manifest import DecoderLayer
 
-NF4_CODE = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-)  # fmt: skip
 _CODE_DEVIATION = 0.58  # of a code's value whose index is uniform
 
 
@@ -51,20 +45,6 @@ def load_nf4(folder: Path, *, device: torch.device, dtype: torch.dtype) -> Backb
         return Nf4Linear(quantize_nf4(weight))
 
     return load_weights(folder, dtype=dtype, device=device, norm_dtype=torch.float32, make_linear=make)
-
-
-def quantize_nf4(weight: Tensor) -> Nf4Tensor:
-    """weight: [out, in] floating. Single quantisation: float32 scales."""
-    out_features, in_features = weight.shape
-    if in_features % BLOCK_SIZE:
-        raise ModelError(f"NF4 needs matrices whose input size is a multiple of {BLOCK_SIZE}, not {in_features}")
-    code = torch.tensor(NF4_CODE, device=weight.device)
-    blocks = weight.float().reshape(-1, BLOCK_SIZE)
-    absmax = blocks.abs().amax(dim=1)
-    scaled = blocks / torch.where(absmax > 0, absmax, 1.0)[:, None]
-    indices = torch.bucketize(scaled, (code[1:] + code[:-1]) / 2, out_int32=True)
-    packed = (indices[:, 0::2] << 4 | indices[:, 1::2]).to(torch.uint8)
-    return Nf4Tensor(packed.flatten(), absmax, code, out_features, in_features)
 
 
 def dequantize_nf4(weight: Nf4Tensor) -> Tensor:
@@ -130,7 +110,7 @@ def serve(weights: BackboneWeights, dtype: torch.dtype, heads: LoadedHeads | Non
     described = None
     if heads is not None:
         # Behind `make_drafters`, which reads heads from folders: these exist in memory alone.
-        drafter, more = drafter_choice._heads_drafter(heads, backbone, HeadsTree.DYNAMIC, False)
+        drafter, more = heads_drafter(heads, backbone, HeadsTree.DYNAMIC, False)
         drafters.append(drafter)
         notices += more
         manifest = heads.manifest

@@ -181,12 +181,13 @@ def measure_profile(bench: Bench, options: Options) -> Section:
                 calls, microseconds = (sum(column) for column in zip(*profile.values(), strict=True))
             cells.append(f"{calls:18.1f}{microseconds:9.1f}")
         lines.append("".join(cells) + f"  {name[:70]}")
-    title = "GPU time of a step by kernel (where one starts early, it waits in its own time)"
+    title = "GPU time of a step by kernel, each from the end of the one in front"
     return Section("profile", title, lines, {"kernels": profiles})
 
 
 def kernel_times(bench: Bench, options: Options, nodes: int) -> dict[str, tuple[float, float]]:
-    """Calls and microseconds of a step by the name of the kernel."""
+    """Calls and microseconds of a step by the name of the kernel. One that starts early is charged from the end of the
+    one in front: until then it waits."""
     engine = bench.engine(options, adaptive=False, max_nodes=max(nodes, 2))
     stream = Stream("profile", engine, speculate=nodes > 1)
     prompt = bench.prompts(engine, 1)[0]
@@ -202,11 +203,20 @@ def kernel_times(bench: Bench, options: Options, nodes: int) -> dict[str, tuple[
             num_steps += sum(isinstance(event, TokenEvent) for event in engine.step())
         if on_gpu:
             torch.cuda.synchronize()
-    times = {
-        event.key: (event.count, event.self_device_time_total if on_gpu else event.self_cpu_time_total)
-        for event in profiler.key_averages()
-    }
-    return {name: (count / num_steps, spent / num_steps) for name, (count, spent) in times.items() if spent}
+    kind = torch.autograd.DeviceType.CUDA if on_gpu else torch.autograd.DeviceType.CPU
+    spans = sorted(
+        (event.time_range.end, event.time_range.start, event.key)
+        for event in profiler.events()
+        if event.device_type == kind
+    )
+    times: dict[str, tuple[float, float]] = {}
+    last = spans[0][1]
+    for end, start, name in spans:
+        calls, microseconds = times.get(name, (0.0, 0.0))
+        times[name] = (calls + 1 / num_steps, microseconds + max(end - max(start, last), 0.0) / num_steps)
+        last = max(last, end)
+    times["idle"] = (0.0, (last - spans[0][1]) / num_steps - sum(spent for _, spent in times.values()))
+    return times
 
 
 def measure_control(bench: Bench, options: Options) -> Section:
@@ -234,13 +244,14 @@ def measure_batches(bench: Bench, options: Options) -> Section:
     data, lines, bars = {}, [], []
     for temperature in TEMPERATURES:
         arguments = argparse.Namespace(tokens=options.tokens, temperature=temperature)
-        contestants = []
+        contestants: list[concurrency.Contestant] = []
         for batch in options.batches:
             engine = bench.engine(options, num_slots=batch)
             pair = [concurrency.Contestant(batch, speculate, engine) for speculate in (False, True)]
             for number in range(-1, options.rounds):
                 hold_round(pair, number, arguments)
             contestants += pair
+            say(f"T={temperature}, {batch} streams\n{concurrency.table(concurrency.report(pair))}")
         rows = concurrency.report(contestants)
         data[str(temperature)] = rows
         lines += [f"T={temperature}", concurrency.table(rows)]

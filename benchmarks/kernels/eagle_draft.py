@@ -40,20 +40,17 @@ from gorgon_engine.drafters.choices import top_log_probs
 from gorgon_engine.drafters.eagle import EagleDrafter
 from gorgon_engine.drafters.eagle_gpu import EagleGpuDrafter, angle_tables
 from gorgon_engine.heads.eagle import EagleHead, EagleShape
-from gorgon_engine.heads.eagle_layer import DenseProduct, EagleLayer, Nf4Product, Product
+from gorgon_engine.heads.eagle_layer import EagleLayer
 from gorgon_engine.kernels.triton.eagle_beam import FoundNodes, eagle_beam
 from gorgon_engine.kernels.triton.eagle_tree import eagle_tree
-from gorgon_engine.kernels.triton.nf4_linear import dequantize
+from gorgon_engine.kernels.triton.nf4_linear import default_variant, dequantize
 from gorgon_engine.kernels.triton.nf4_packing import PackedNf4, pack_nf4
+from gorgon_engine.kernels.triton.products import DenseProduct, Nf4Product, Product
+from gorgon_engine.models.nf4 import NF4_CODE
 from gorgon_engine.tree.candidates import CandidateTree
 
 LLAMA_3_8B = EagleShape(4096, 32, 8, 128, 14336, rope_theta=500000.0, num_heads=8)
 VOCAB = 128256
-NF4_CODE = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022833334,
-    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-)  # fmt: skip
 MATRICES = ("fc", "qkv", "o", "gate_up", "down")
 NORMS = ("feature_norm", "embedding_norm", "attention_norm", "mlp_norm", "norm")
 ROWS_EACH = 17  # committed rows that a step tells, padding and all
@@ -151,7 +148,8 @@ def make_head(
         dense = None
         if four_bit_projection if name == "projection" else four_bit:
             packed = random_nf4(rows, columns, device)
-            products[name] = Nf4Product.of(packed, dtype, max_partials=1 if name == "projection" else 8)
+            variant = default_variant(device, dtype)
+            products[name] = Nf4Product.of(packed, variant, max_partials=1 if name == "projection" else 8)
             dense = dequantize(packed, dtype) if for_checks else None
         else:
             dense = (torch.randn(rows, columns, device=device) * columns**-0.5).to(dtype)

@@ -39,6 +39,16 @@ def test_from_prompts_to_published_heads(gorgon: Gorgon, tiny: Path, tmp_path: P
     measured = run("train", "evaluate", "--heads", checkpoint, "--prompts", prompts, "--limit", 2, "--out", report,
                    "--run", out, "--nodes", "4", "--max-tokens", 8, "--seeds", "0", "--complete", *model)  # fmt: skip
     assert [line.split()[0] for line in measured.splitlines()] == ["heads"] * 4
+    for number, stage in enumerate((
+        ("distill", "--data", data),
+        ("heads", "--shards", shards),
+        ("evaluate", "--heads", checkpoint, "--prompts", prompts),
+    )):  # fmt: skip
+        refused = tmp_path / f"refused-{number}"
+        assert gorgon("train", *stage, "--out", refused, "--kernels", "triton", *model) == (
+            1, "", "gorgon: the Triton kernels cannot be used: they need a GPU, and the device is cpu\n",
+        )  # fmt: skip
+        assert not refused.exists() or not list(refused.iterdir())
     assert (report / "report.md").is_file()
     assert (checkpoint / "README.md").is_file()
     assert run("heads", "publish", checkpoint, "--store", tmp_path / "store").strip().endswith("tiny@1")

@@ -112,7 +112,7 @@ def test_one_launch_ahead_wastes_no_more_than_a_step(folder: Path, backbone: Bac
         engine = recorded_engine(folder, backbone, [], num_slots=1, run_ahead=run_ahead)
         assert len(answers_of(engine, [([5, 6], sampling, PLAIN)])[0]) == 20
         stats = stats_of(engine)
-        assert stats.num_replayed + stats.num_first_runs == 19
+        assert stats.num_replayed + stats.num_first_runs == 1 + 19  # the prompt, and the steps
     steps = []
     for run_ahead in (False, True):
         engine = recorded_engine(folder, backbone, [], num_slots=1, run_ahead=run_ahead)

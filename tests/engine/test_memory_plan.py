@@ -186,4 +186,5 @@ def test_what_is_free_is_also_what_torch_holds_and_no_more_than_it_may(
     }
     for name, figure in figures.items():
         monkeypatch.setattr(torch.cuda, name, lambda device, figure=figure: figure)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     assert free_bytes(torch.device("cuda")) == expected * GIB

@@ -13,13 +13,14 @@ from functools import partial
 import torch
 
 from gorgon_engine.acceptance import AcceptanceRule
-from gorgon_engine.backbone.base import ForwardInputs, LogitsFor
+from gorgon_engine.backbone.base import ForwardInputs
 from gorgon_engine.batch import RunningBatch
 from gorgon_engine.drafters.base import DraftContext
+from gorgon_engine.graph_prompts import PROMPT_WIDTHS
 from gorgon_engine.graphs import GraphedStep
 from gorgon_engine.recording import Recorder, Recording
 from gorgon_engine.sampling import SamplingBatch, SamplingParams
-from gorgon_engine.step import SpeculativeStep, Wanted
+from gorgon_engine.step import PrefillChunk, SpeculativeStep, Wanted
 from gorgon_engine.transfer import to_device
 from gorgon_engine.tree.candidates import CandidateTree
 from gorgon_engine.tree.cost_model import CostModel, Curve
@@ -225,15 +226,20 @@ class _Measurement:
         )
 
     def rehearse(self, widths: Sequence[int]) -> None:
-        """Have the steps of one stream, greedy and drawn, recorded before anybody waits for it. widths: of trees."""
+        """Have short prompts, and the steps of one stream, greedy and drawn, recorded before anybody waits for them.
+        widths: of trees."""
         step, count = self._step, 1
+        for width in PROMPT_WIDTHS:
+            if self._prefix + width <= step.cache.num_positions:
+                for _ in range(2):  # the first time as it is
+                    self._prefill_pass(width, ends=True)
         config, device = step.backbone.config, step.backbone.device
         guesses = merge_candidates([self._chains(count)], max_nodes=step.max_nodes, max_depth=step.max_depth)
         for params in (SamplingParams(), SamplingParams(temperature=1.0)):
             sampling = SamplingBatch.of([params], vocab_size=config.vocab_size, device=device)
             batch = replace(self._running[count], sampling=sampling, candidates=guesses)
             for width in widths:
-                for _ in range(2):  # the first time as it is
+                for _ in range(2):
                     result = step.run(
                         batch, [width], max_length=self._prefix, rule=AcceptanceRule.LOSSLESS, wanted=Wanted()
                     )
@@ -246,9 +252,9 @@ class _Measurement:
             for _ in range(3 if count == 1 else 1):
                 self._watch.time("plain", count, partial(self._plain_step, count))
         for count in self._rows:
-            self._watch.time_on_device("pass", count, partial(self._tree_pass, self._inputs(count, tree=True)))
+            self._watch.time_on_device("pass", count, partial(self._tree_pass, self._inputs(count)))
         for count in self._prefill_rows:
-            self._watch.time("prefill", count, partial(self._prefill_pass, self._inputs(count, tree=False)))
+            self._watch.time("prefill", count, partial(self._prefill_pass, count))
         for count in self._drafts.batches:
             self._tree_step(count)
         self._drafts.time(self._watch)
@@ -308,11 +314,17 @@ class _Measurement:
     def _tree_pass(self, inputs: ForwardInputs) -> None:
         self._step.backbone.forward(inputs, self._step.cache)
 
-    def _prefill_pass(self, inputs: ForwardInputs) -> None:
-        self._step.backbone.forward(inputs, self._step.cache, logits_for=LogitsFor.NONE)
+    def _prefill_pass(self, num_rows: int, *, ends: bool = False) -> None:
+        """A part of a prompt in the first slot, as it is run between steps."""
+        stop = self._prefix + num_rows
+        size = stop if ends else stop + 1
+        # Which tokens they are costs nothing.
+        chunk = PrefillChunk(self._slots[0], (0,) * size, start=self._prefix, stop=stop, prompt_length=size)
+        self._step.run_prompts([chunk])
+        self._step.cache.append(to_device(self._slots[:1], self._step.backbone.device), -num_rows)
 
-    def _inputs(self, num_rows: int, *, tree: bool) -> ForwardInputs:
-        """A chain of rows in the first slot, as a tree to verify or as a part of a prompt."""
+    def _inputs(self, num_rows: int) -> ForwardInputs:
+        """A chain of rows in the first slot, as a tree to verify."""
         device, cache = self._step.backbone.device, self._step.cache
         vocab_size = self._step.backbone.config.vocab_size
         index = torch.arange(num_rows, device=device)[None]
@@ -325,7 +337,7 @@ class _Measurement:
             num_rows=to_device([num_rows], device),
             prompt_lengths=cache.lengths[slots],
             max_positions=min(2 * _PREFIX + num_rows, cache.num_positions),
-            ancestors=ancestor_words(index - 1) if tree else None,
+            ancestors=ancestor_words(index - 1),
         )
 
 

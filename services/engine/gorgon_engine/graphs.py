@@ -14,32 +14,34 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from gorgon_engine.acceptance import AcceptanceRule
-from gorgon_engine.backbone.base import Backbone
+from gorgon_engine.backbone.base import Backbone, ForwardOutput, RowLogits
 from gorgon_engine.batch import RunningBatch
 from gorgon_engine.buckets import Buckets
 from gorgon_engine.drafters.base import Drafter
 from gorgon_engine.drafting import ALL_ROWS
+from gorgon_engine.graph_prompts import PromptBuffers, PromptSize
 from gorgon_engine.graph_state import GraphState
 from gorgon_engine.kv_cache import KVCache
+from gorgon_engine.memory_plan import MAX_GRAPHS
 from gorgon_engine.outcome import LaunchedStep, StepSeconds
 from gorgon_engine.recording import Recorder, Recording
-from gorgon_engine.step import SpeculativeStep, Wanted
+from gorgon_engine.step import PrefillChunk, SpeculativeStep, Wanted
 from gorgon_engine.transfer import Reading, pack, shapes_of
 
-_logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
-# A graph of a large model holds a few hundred kernels in some megabytes of the device's memory.
-_MAX_GRAPHS = 256
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
 class GraphStats:
-    """What became of the steps."""
+    """What became of the steps, and of the passes over prompts."""
 
     num_replayed: int = 0
     num_first_runs: int = 0  # of a size, before it is recorded
@@ -49,7 +51,7 @@ class GraphStats:
 
     @property
     def replayed_share(self) -> float:
-        """Of all steps, 0 to 1."""
+        """Of all of them, 0 to 1."""
         total = self.num_replayed + self.num_first_runs + sum(self.num_eager.values())
         return self.num_replayed / total if total else 0.0
 
@@ -117,9 +119,10 @@ class GraphedStep(SpeculativeStep):
             num_slots=max(cache.num_slots - 1, 1), max_nodes=max_nodes, num_positions=cache.num_positions
         )
         self._states: dict[int, GraphState] = {}
-        self._recordings: dict[_Size, Recording[_Outcome]] = {}
-        self._has_run: set[_Size] = set()
-        self._refused: set[_Size] = set()
+        self._prompts: dict[PromptSize, PromptBuffers] = {}
+        self._recordings: dict[_Size | PromptSize, Recording[Any]] = {}
+        self._has_run: set[_Size | PromptSize] = set()
+        self._refused: set[_Size | PromptSize] = set()
         self._recorded_drafters = self.drafting.drafters
 
     @torch.inference_mode()
@@ -157,6 +160,24 @@ class GraphedStep(SpeculativeStep):
             seconds=outcome.seconds,
         )
 
+    @torch.inference_mode()
+    def run_prompts(self, chunks: Sequence[PrefillChunk]) -> ForwardOutput:
+        """As `SpeculativeStep.run_prompts`."""
+        self._follow_drafters()
+        size = PromptSize.of(chunks, self._buckets, self.cache.num_positions)
+        if size is None:
+            self.stats.eager("long prompts")
+            return super().run_prompts(chunks)
+        if size not in self._prompts:
+            self._prompts[size] = PromptBuffers(size, self._spare_slot, self.backbone.device)
+        buffers = self._prompts[size]
+        buffers.load(chunks)
+        output = self._perform(size, partial(self._pass_over_buffers, size, buffers))
+        # Copies: the next prompts of this size are run in the same memory, and these may not be done with.
+        width = max(chunk.stop - chunk.start for chunk in chunks)
+        hidden, logits = output.hidden[: len(chunks), :width], output.logits[: len(chunks)]
+        return ForwardOutput(hidden.clone(), RowLogits.of(logits.clone()))
+
     def _follow_drafters(self) -> None:
         """Recordings know nothing of drafters that were taken up since."""
         if self._recorded_drafters is self.drafting.drafters:
@@ -190,13 +211,14 @@ class GraphedStep(SpeculativeStep):
             self._states[size] = GraphState(batch, size, self.max_nodes - 1, self._spare_slot)
         return self._states[size]
 
-    def _perform(self, size: _Size, work: Callable[[], _Outcome]) -> _Outcome:
-        recording = self._recordings.get(size)
+    def _perform(self, size: _Size | PromptSize, work: Callable[[], T]) -> T:
+        recording: Recording[T] | None = self._recordings.get(size)
         if recording is None and size in self._has_run and size not in self._refused:
             recording = self._record(size, work)
         if recording is not None:
             self.stats.num_replayed += 1
-            return recording.replay()
+            made: T = recording.replay()
+            return made
         if size in self._refused:
             self.stats.eager("not recorded")
         else:
@@ -205,22 +227,29 @@ class GraphedStep(SpeculativeStep):
         self._has_run.add(size)
         return outcome
 
-    def _record(self, size: _Size, work: Callable[[], _Outcome]) -> Recording[_Outcome] | None:
+    def _record(self, size: _Size | PromptSize, work: Callable[[], T]) -> Recording[T] | None:
         """None, once and for all, where that is not possible."""
         began = time.perf_counter()
         try:
             recording = self.recorder.record(work)
         except RuntimeError as error:
-            _logger.warning("a step of %s runs without a graph: %s", size, str(error).partition("\n")[0])
+            _logger.warning("%s runs without a graph: %s", size, str(error).partition("\n")[0])
             self._refused.add(size)
             return None
-        if len(self._recordings) >= _MAX_GRAPHS:
+        if len(self._recordings) >= MAX_GRAPHS:
             # None is running: recording waits for the device. Those of now are likelier to be asked for again.
             self._recordings.pop(next(iter(self._recordings)))
         self._recordings[size] = recording
         self.stats.num_graphs = len(self._recordings)
         self.stats.capture_seconds += time.perf_counter() - began
         return recording
+
+    def _pass_over_buffers(self, size: PromptSize, buffers: PromptBuffers) -> ForwardOutput:
+        """The work that is recorded of prompts."""
+        output = self._pass_over(buffers.inputs(), ends=size.ends)
+        if self._spare_slot is not None and size.batch > 1:
+            self.cache.empty(self._spare_slot)
+        return output
 
     def _advance_state(self, size: _Size, state: GraphState) -> _Outcome:
         """The work that is recorded: `advance`, from the buffers to the buffers."""

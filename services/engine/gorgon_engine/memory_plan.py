@@ -17,11 +17,12 @@ from gorgon_engine.models.config import BackboneConfig
 from gorgon_protocol.errors import BadRequestError, ModelError
 
 GIB = 1 << 30
+# That an engine keeps: one of a large model holds a few hundred kernels in some megabytes of the device's memory.
+MAX_GRAPHS = 256
 _MAX_SLOTS = 4096
 _NF4_BYTES = 0.5 + 4 / 64  # a weight as it is saved, with its float32 scale
 _PACKED_NF4_BYTES = 0.5 + 2 / 64  # as the kernels read it
 _MAX_PARTIALS = 4  # sums that a product for few rows leaves; 8 are allowed, of small matrices
-_MAX_GRAPHS = 256
 _GRAPH_NODES_A_LAYER, _OTHER_GRAPH_NODES = 10, 150
 _GRAPH_NODE_BYTES = 8 << 10
 _SAMPLING_BYTES = 24  # a token of the vocabulary, where one filters: float32 logits, sorted ones, their order
@@ -183,7 +184,7 @@ def _graph_bytes(shape: EngineShape) -> int:
     buckets = shape.buckets
     sizes = 2 * len(buckets.batches) * len(buckets.widths) * len(buckets.lengths)  # greedy and drawn
     nodes = shape.config.num_layers * _GRAPH_NODES_A_LAYER + _OTHER_GRAPH_NODES
-    return min(sizes, _MAX_GRAPHS) * nodes * _GRAPH_NODE_BYTES
+    return min(sizes, MAX_GRAPHS) * nodes * _GRAPH_NODE_BYTES
 
 
 def _largest(fits: Callable[[int], bool], most: int) -> int:

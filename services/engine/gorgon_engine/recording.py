@@ -3,7 +3,9 @@
 A recording works on fixed memory: what it reads lies where it lay when it was recorded, and so does what it gives.
 """
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
@@ -56,13 +58,28 @@ class CudaRecorder:
     def record(self, work: Callable[[], T]) -> Recording[T]:
         graph = torch.cuda.CUDAGraph()
         # Of this thread alone: heads may be loaded on another one meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+        with (
+            _without_collections(),
+            torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
+        ):
             made = work()
         return _CudaRecording(graph, made, work)
 
     def forget(self) -> None:
         torch.cuda.synchronize(self._device)
         self._pool = torch.cuda.graph_pool_handle()  # one without graphs cannot be used again
+
+
+@contextmanager
+def _without_collections() -> Iterator[None]:
+    """Another engine's graphs, found unreachable in the middle of a capture, would be destroyed there and end it."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 @dataclass(frozen=True, slots=True, eq=False)

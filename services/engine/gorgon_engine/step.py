@@ -191,26 +191,33 @@ class SpeculativeStep:
     def _forward(self, chunks: Sequence[PrefillChunk]) -> ForwardOutput:
         """Hidden states [B, N, C] of the chunks' positions and, where a prompt ends, logits [B, 1, V] of the last."""
         device = self.backbone.device
+        for chunk in chunks:
+            if chunk.start == 0:
+                self.drafting.history[chunk.slot, : len(chunk.tokens)] = to_device(chunk.tokens, device)
+        return self.run_prompts(chunks)
+
+    @torch.inference_mode()
+    def run_prompts(self, chunks: Sequence[PrefillChunk]) -> ForwardOutput:
+        """One pass of the backbone over the next parts of some prompts: as `_forward`, and nothing else is told."""
+        device = self.backbone.device
         sizes = [chunk.stop - chunk.start for chunk in chunks]
         width = max(sizes)
         padded = [(*chunk.tokens[chunk.start : chunk.stop], *[0] * (width - size))
                   for chunk, size in zip(chunks, sizes, strict=True)]  # fmt: skip
-        for chunk in chunks:
-            if chunk.start == 0:
-                self.drafting.history[chunk.slot, : len(chunk.tokens)] = to_device(chunk.tokens, device)
-        slots, num_rows = to_device([chunk.slot for chunk in chunks], device), to_device(sizes, device)
         inputs = ForwardInputs(
             tokens=to_device([token for row in padded for token in row], device).view(len(chunks), width),
             depths=torch.arange(width, device=device).expand(len(chunks), -1),
-            slots=slots,
+            slots=to_device([chunk.slot for chunk in chunks], device),
             lengths=to_device([chunk.start for chunk in chunks], device),
-            num_rows=num_rows,
+            num_rows=to_device(sizes, device),
             prompt_lengths=to_device([chunk.prompt_length for chunk in chunks], device),
             max_positions=max(chunk.start for chunk in chunks) + width,
         )
-        ends = any(chunk.is_last for chunk in chunks)
+        return self._pass_over(inputs, ends=any(chunk.is_last for chunk in chunks))
+
+    def _pass_over(self, inputs: ForwardInputs, *, ends: bool) -> ForwardOutput:
         output = self.backbone.forward(inputs, self.cache, logits_for=LogitsFor.LAST if ends else LogitsFor.NONE)
-        self.cache.append(slots, num_rows)
+        self.cache.append(inputs.slots, inputs.num_rows)
         return output
 
     def _first_tokens(

@@ -11,7 +11,8 @@ from gorgon_engine.drafters.beam import BeamLimits
 from gorgon_engine.drafters.eagle import EagleDrafter
 from gorgon_engine.drafters.eagle_gpu import EagleGpuDrafter, angle_tables
 from gorgon_engine.heads.eagle import EagleHead, EagleShape
-from gorgon_engine.heads.eagle_layer import DenseProduct, EagleLayer, Nf4Product
+from gorgon_engine.heads.eagle_layer import EagleLayer
+from gorgon_engine.kernels.triton.products import DenseProduct, Nf4Product
 from gorgon_engine.models.linear import DenseLinear
 
 HIDDEN, VOCAB, SLOTS, POSITIONS = 64, 24, 4, 40
@@ -137,8 +138,8 @@ NF4 = """
 head = make_head().to(dtype).float()
 rows = rows.to(dtype).float()
 quantised = make_head()
-from gorgon_engine.heads.eagle_layer import quantize_nf4
 from gorgon_engine.kernels.triton.nf4_packing import pack_nf4, reference_weights
+from gorgon_engine.models.nf4 import quantize_nf4
 
 
 def rounded(weight):

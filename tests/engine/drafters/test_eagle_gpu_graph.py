@@ -28,9 +28,11 @@ from gorgon_engine.drafters.base import Committed, DraftContext
 from gorgon_engine.drafters.beam import BeamLimits
 from gorgon_engine.drafters.eagle_gpu import EagleGpuDrafter, plan_levels
 from gorgon_engine.heads.eagle import EagleShape
-from gorgon_engine.heads.eagle_layer import DenseProduct, EagleLayer, Nf4Product, Product
+from gorgon_engine.heads.eagle_layer import EagleLayer
 from gorgon_engine.kernels.triton import nf4_gluon, tree_attention
+from gorgon_engine.kernels.triton.nf4_linear import default_variant
 from gorgon_engine.kernels.triton.nf4_packing import BLOCK_WORDS, PackedNf4
+from gorgon_engine.kernels.triton.products import DenseProduct, Nf4Product, Product
 
 SHAPE = EagleShape(4096, 32, 8, 128, 14336, rope_theta=500000.0, num_heads=8)
 VOCAB, SAID, POSITIONS, SLOTS = 128256, 16384, 4096 + 128, 8
@@ -95,7 +97,8 @@ def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 def nf4(out_features: int, in_features: int, **options: int) -> Nf4Product:
     words = empty(out_features // 64 * (in_features // 256) * BLOCK_WORDS, dtype=torch.int32)
     code, table = empty(16, dtype=torch.float32), empty(256, dtype=torch.int32)
-    return Nf4Product.of(PackedNf4(words, code, table, out_features, in_features), torch.bfloat16, **options)
+    packed = PackedNf4(words, code, table, out_features, in_features)
+    return Nf4Product.of(packed, default_variant(words.device, torch.bfloat16), **options)
 
 
 def dense(out_features: int, in_features: int, max_partials: int = 1) -> DenseProduct:

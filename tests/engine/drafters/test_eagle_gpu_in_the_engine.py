@@ -15,10 +15,8 @@ from gorgon_engine.drafters.eagle import EagleDrafter
 from gorgon_engine.drafters.eagle_gpu import drafter_of, profitable_depths
 from gorgon_engine.drafters.select import _eagle_drafter, served_quantization
 from gorgon_engine.heads.eagle import EagleShape
-from gorgon_engine.heads.eagle_layer import Nf4Product, quantize_nf4
-from gorgon_engine.models.nf4 import Nf4Tensor
+from gorgon_engine.kernels.triton.products import Nf4Product
 from gorgon_engine.tree.builders import RankPath
-from gorgon_protocol.errors import ModelError
 from support.eagle import make_head
 from support.engines import tiny_folder
 from support.triton_checks import run_check
@@ -234,17 +232,3 @@ def test_it_goes_as_deep_as_it_pays() -> None:
     assert 4 <= depths[1] <= 7
     assert depths[3] == 1
     assert profitable_depths(((0.9, 0.9), (0.0,)), pass_share=0.05) == 1, "more than all is all"
-
-
-def test_quantised_as_bitsandbytes_does_it() -> None:
-    torch.manual_seed(0)
-    weight = torch.randn(5000, 128) * 0.05
-    weight[3] = 0.0
-    ours, theirs = quantize_nf4(weight), Nf4Tensor.quantize(weight)
-    assert torch.equal(ours.absmax, theirs.absmax)
-    torch.testing.assert_close(ours.code, theirs.code, atol=1e-7, rtol=0)
-    differing = (ours.packed != theirs.packed).float().mean().item()
-    assert differing < 1e-4, "but for values on the middle of two codes"
-    assert torch.equal(quantize_nf4(weight.bfloat16()).absmax, weight.bfloat16().float().view(-1, 64).abs().amax(1))
-    with pytest.raises(ModelError, match="multiple of 64, not 100"):
-        quantize_nf4(torch.zeros(2, 100))

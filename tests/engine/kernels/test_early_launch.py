@@ -22,8 +22,8 @@ KERNELS: dict[str, tuple[Any, dict[str, Any], int]] = {
     "silu_mul": (silu_mul._silu_mul_kernel, {"NUM_PARTIALS": 2, "BLOCK": 1024}, 4),
     "rope_append": (
         rope_append._rope_append_kernel,
-        {"NUM_PARTIALS": 2, "NUM_HEADS": 32, "NUM_KV_HEADS": 8, "HALF": 64, "HAS_NORMS": False},
-        1,
+        {"NUM_PARTIALS": 2, "NUM_HEADS": 32, "NUM_KV_HEADS": 8, "HALF": 64, "HEADS_EACH": 8, "HAS_NORMS": False},
+        4,
     ),
     "prefix": (
         tree_attention._prefix_kernel,
@@ -87,5 +87,5 @@ def test_only_gpus_that_can_launch_early(monkeypatch: pytest.MonkeyPatch) -> Non
     assert not launches_early(torch.device("cpu"))
     for index, (major, can) in enumerate(((8, False), (9, True), (10, True)), start=100):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, major=major: (major, 0))
-        options = early_options(torch.device("cuda", index))
+        options = early_options(torch.device("cuda", index), 16)
         assert options == ({"EARLY": True, "launch_pdl": True} if can else {"EARLY": False})

@@ -49,9 +49,7 @@ from gorgon_protocol.errors import ModelError
 SCRATCH = 64  # rows of a draft behind the committed positions: one ancestor word
 _MAX_ROWS = 64  # of a pass: what a product costs no more for
 _MIN_WIDTH = 2
-# Every depth reads the projection, 2 C bytes a token: 0.13 GB of Llama-3-8B's. Half as many make a step 4 % shorter,
-# and the acceptance length as well (`heads/eagle_layer.py`).
-_MAX_DRAFT_TOKENS = 16384
+_MAX_DRAFT_TOKENS = 16384  # every depth reads the projection to them
 _VERIFYING = 1.1  # steps of plain decoding that a tree costs to verify
 _RANKS_BELOW = 3
 
@@ -293,7 +291,8 @@ def drafter_of(
     """The drafter of a head that reads the backbone's embeddings and lm_head, its matrices packed (and used up).
 
     draft_vocabulary: [V] int64, ascending, None = all tokens; the most frequent of them are drafted, as many as pay:
-    tokenizers number those first. four_bit: the layer in NF4. Call `refusal` first.
+    tokenizers number those first. four_bit: the layer and the projection in NF4. Call `refusal`
+    first.
     """
     lm_head = backbone.lm_head
     assert isinstance(lm_head, DenseLinear)
@@ -304,7 +303,7 @@ def drafter_of(
     projection = lm_head if draft_vocabulary is None else lm_head.select_outputs(draft_vocabulary)
     angles = angle_tables(head)
     return EagleGpuDrafter(
-        EagleLayer.pack(head, projection, four_bit=four_bit),
+        EagleLayer.pack(head, projection, four_bit=four_bit, four_bit_projection=four_bit),
         angles=angles,
         embed=backbone.embed,
         vocab_size=projection.out_features,

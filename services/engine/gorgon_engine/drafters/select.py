@@ -84,7 +84,7 @@ def make_drafters(
         if draw and kind is DrafterKind.BOTH:
             raise BadRequestError("drawn drafts cannot share a tree with looked-up ones: choose the drafter heads")
         loaded = load_heads_for(backbone, folder, heads)
-        drafter, drafter_notices = _heads_drafter(loaded, backbone, tree, draw)
+        drafter, drafter_notices = heads_drafter(loaded, backbone, tree, draw)
         drafters.append(drafter)
         notices += drafter_notices
         if not bundled:  # nobody chose those: what they do in the default precision is documented with them
@@ -113,8 +113,12 @@ def load_heads_for(backbone: Backbone, folder: Path, path: Path) -> LoadedHeads:
     )
 
 
-def _heads_drafter(loaded: LoadedHeads, backbone: Backbone, tree: HeadsTree, draw: bool) -> tuple[Drafter, list[str]]:
-    """And notices."""
+def heads_drafter(loaded: LoadedHeads, backbone: Backbone, tree: HeadsTree, draw: bool) -> tuple[Drafter, list[str]]:
+    """The drafter of heads that are there, and notices. The arguments are those of `make_drafters`.
+
+    Raises `HeadsError` for heads that do not continue the backbone's own token, `BadRequestError` where the options
+    exclude each other or ask for what these heads cannot give.
+    """
     manifest = loaded.manifest
     used = manifest.tree_heads
     if not used:

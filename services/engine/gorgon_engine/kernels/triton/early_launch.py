@@ -12,6 +12,8 @@ from functools import cache
 
 import torch
 
+_MAX_EARLY_PROGRAMS = 16
+
 
 @cache
 def launches_early(device: torch.device) -> bool:
@@ -19,6 +21,13 @@ def launches_early(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
 
 
-def early_options(device: torch.device) -> dict[str, bool]:
-    """Of the launch of a kernel that takes `EARLY` and waits where that is set."""
-    return {"EARLY": True, "launch_pdl": True} if launches_early(device) else {"EARLY": False}
+def early_options(device: torch.device, num_programs: int) -> dict[str, bool]:
+    """Of the launch of a kernel that takes `EARLY` and waits where that is set. num_programs: of its grid.
+
+    A product fills all registers of most processors, so that what starts before it has ended crowds on those few that
+    it left free, and stays there: a few programs gain by it, many lose. Those start behind it, and let the next product
+    begin early all the same.
+    """
+    if not launches_early(device):
+        return {"EARLY": False}
+    return {"EARLY": True, "launch_pdl": num_programs <= _MAX_EARLY_PROGRAMS}

@@ -53,7 +53,7 @@ def add_rms_norm(residual: Tensor, partials: Tensor | None, weight: Tensor, eps:
         residual, residual if partials is None else partials, weight, normed, eps, num_rows, size,
         NUM_PARTIALS=0 if partials is None else partials.shape[0],
         BLOCK=triton.next_power_of_2(size), num_warps=8 if size > 2048 else 4,
-        **early_options(residual.device),
+        **early_options(residual.device, num_rows),
     )  # fmt: skip
 
 

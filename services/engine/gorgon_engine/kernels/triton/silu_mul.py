@@ -5,6 +5,8 @@
 Letters: R rows, S partial sums, I intermediate size.
 """
 
+import math
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -44,7 +46,7 @@ def silu_mul(partials: Tensor, out: Tensor) -> None:
     grid = (num_rows, triton.cdiv(size, _BLOCK))
     _silu_mul_kernel[grid](
         partials, out, num_rows, size, NUM_PARTIALS=num_partials, BLOCK=_BLOCK, num_warps=4,
-        **early_options(out.device),
+        **early_options(out.device, math.prod(grid)),
     )  # fmt: skip
 
 
