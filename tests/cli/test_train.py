@@ -77,3 +77,13 @@ def test_alone_it_says_what_there_is(gorgon: Gorgon) -> None:
     status, out, _ = gorgon("train")
     assert status == 0
     assert all(stage in out for stage in ("data", "distill", "heads", "evaluate", "--preset"))
+
+
+@pytest.mark.parametrize(
+    ("device", "asked", "kernels"),
+    [("cuda", "auto", "torch"), ("cuda:1", "triton", "triton"), ("cpu", "auto", "auto"), ("cpu", "native", "native")],
+)
+def test_which_kernels_train(monkeypatch: pytest.MonkeyPatch, device: str, asked: str, kernels: str) -> None:
+    monkeypatch.setattr(train, "set_threads", lambda *arguments, **options: None)  # of this process
+    options = train._options(None, None, device, asked, None)
+    assert (options.device, options.kernels) == (device, kernels)
