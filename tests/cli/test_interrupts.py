@@ -95,23 +95,49 @@ def test_an_interrupted_start_is_one_line(long: Path, seconds: float) -> None:
         assert err == b"gorgon: interrupted\n"
 
 
-@pytest.mark.parametrize("module", ["gorgon_cli.main", "click"])
-def test_an_interrupt_before_there_is_a_command(module: str) -> None:
-    """While the command line itself is imported."""
-    program = f"""
-import os, runpy, signal, sys
-
-class Interrupting:
+def with_finder(folder: Path, source: str) -> dict[str, str]:
+    """An environment in which Python calls `found(name)` before each import; the source defines it."""
+    (folder / "sitecustomize.py").write_text(
+        f"""
+import os, signal, sys
+{source}
+class Finder:
     def find_spec(self, name, path=None, target=None):
-        if name == {module!r}:
-            os.kill(os.getpid(), signal.SIGINT)
+        found(name)
+sys.meta_path.insert(0, Finder())
+"""
+    )
+    return os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
 
-sys.meta_path.insert(0, Interrupting())
-runpy.run_module("gorgon_cli", run_name="__main__", alter_sys=True)
+
+@pytest.mark.parametrize("module", ["gorgon_cli.main", "click"])
+@pytest.mark.parametrize("interrupt", ["{}", "exec({!r})"], ids=["plain", "exec"])
+def test_an_interrupt_before_there_is_a_command(module: str, interrupt: str, tmp_path: Path) -> None:
+    """While the command line itself is imported; also where Python makes a class out of a string."""
+    interrupt = interrupt.format("os.kill(os.getpid(), signal.SIGINT)")
+    environment = with_finder(tmp_path, f"def found(name):\n    if name == {module!r}:\n        {interrupt}")
+    with interruptible():
+        done = subprocess.run(
+            [sys.executable, "-m", "gorgon_cli", "--help"], env=environment, capture_output=True, text=True, timeout=60
+        )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "gorgon: interrupted\n")
+
+
+def test_torch_is_imported_out_of_reach_of_an_interrupt(tiny: Path, tmp_path: Path) -> None:
+    """Its C++ would abort the process. A test that interrupts it would see that once in a hundred times."""
+    source = """
+def found(name):
+    if name == "torch._C":
+        handler = signal.getsignal(signal.SIGINT)
+        print("held" if handler is not signal.default_int_handler else "open", file=sys.stderr)
 """
     with interruptible():
-        done = subprocess.run([sys.executable, "-c", program, "--help"], capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout, done.stderr) == (130, "", "gorgon: interrupted\n")
+        done = subprocess.run(
+            [sys.executable, "-m", "gorgon_cli", "generate", "--model", str(tiny), "--prompt", "a", "--max-tokens",
+             "1"],
+            env=with_finder(tmp_path, source), capture_output=True, text=True, timeout=60, check=True,
+        )  # fmt: skip
+    assert done.stderr.splitlines()[0] == "held"
 
 
 def test_a_conversation_survives_an_interrupted_answer(gorgon: Gorgon, long: Path) -> None:

@@ -1,4 +1,4 @@
-"""Where the `gorgon` command begins. Nothing is imported out here: a Ctrl-C may come during the imports too."""
+"""Where the `gorgon` command begins. Nothing is imported out here: Ctrl-C may come during the imports too."""
 
 import sys
 
@@ -12,15 +12,17 @@ def main() -> None:
 
         command()
     except KeyboardInterrupt:  # before the command could say so itself
-        say_interrupted()
-        sys.exit(EXIT_INTERRUPTED)
+        exit_interrupted()
 
 
-def say_interrupted() -> None:
-    """The one line, on standard error."""
-    if sys.stderr is None:  # closed before we began
-        return
-    if sys.stderr.isatty():
-        sys.stderr.write("\n")  # the terminal has shown ^C
-    sys.stderr.write("gorgon: interrupted\n")
-    sys.stderr.flush()
+def exit_interrupted() -> None:
+    """One line on standard error, and exit status 130. Raises `SystemExit`."""
+    if sys.stderr is not None:  # None: closed before we began
+        if sys.stderr.isatty():
+            sys.stderr.write("\n")  # the terminal has shown ^C
+        sys.stderr.write("gorgon: interrupted\n")
+        sys.stderr.flush()
+    # An interrupt that came through the `exec` of a string (each dataclass is made by one) leaves a mark in the
+    # interpreter, by which `python -m` ends with SIGINT whatever the exit status. The next one takes it away.
+    exec("")
+    sys.exit(EXIT_INTERRUPTED)

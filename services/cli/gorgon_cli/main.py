@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from gorgon_cli.entry import EXIT_INTERRUPTED, say_interrupted
+from gorgon_cli.entry import exit_interrupted
 from gorgon_protocol.errors import GorgonError
 
 # Command -> module:attribute and a line of help. Imported when the command runs: torch takes a second that `--help`
@@ -78,8 +78,7 @@ def main(arguments: list[str] | None = None) -> None:
         _complain(str(error))
         sys.exit(EXIT_ERROR)
     except (_InterruptedError, KeyboardInterrupt):
-        say_interrupted()
-        sys.exit(EXIT_INTERRUPTED)
+        exit_interrupted()
     except BrokenPipeError:
         # The reader (`head`) went away, which is no error.
         _drop_output()
