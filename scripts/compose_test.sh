@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # docker-compose.yml for real: builds the images, starts the stack, uses it, breaks it, takes it down.
-#   scripts/compose_test.sh [FOLDER]
+#   scripts/compose_test.sh [--readme] [FOLDER]
 #
+# --readme: only the README's commands, in a container that has git, make and python3-venv: half an hour of tests.
 # FOLDER (default: .cache/compose) keeps images between runs; about 15 GB. As root on Debian it needs nothing but a
 # package index: it installs Docker's engine, starts one of its own where none runs, and makes base images of Debian
 # packages, under the names of the public ones that docker-compose.yml and the Dockerfiles ask for. Where a Docker
@@ -9,6 +10,8 @@
 # Grafana has no Debian package: it is started only where its image is there.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+only_readme=
+if [ "${1:-}" = --readme ]; then only_readme=1; shift; fi
 work=$(mkdir -p "${1:-.cache/compose}" && cd "${1:-.cache/compose}" && pwd)
 python=$PWD/.venv/bin/python
 port=18100 prometheus_port=19090 grafana_port=13000
@@ -63,14 +66,11 @@ argument() { # argument DOCKERFILE NAME : the default of a build argument
     sed -n "s/^ARG $2=//p" "$1"
 }
 
-build_images() {
+build_base() { # what the other images are built from, and a container that has next to nothing
     local base node build=gorgon-compose-test/build:1
     base=$(argument services/engine/Dockerfile BASE_IMAGE)
     node=$(argument services/gateway/Dockerfile NODE_IMAGE)
     debian_image "$base" python3,ca-certificates
-    debian_image redis:7.2.7-bookworm redis-server 'mkdir "$1/data" && chown 999:999 "$1/data"'
-    debian_image prom/prometheus:v3.5.0 prometheus,wget 'mkdir "$1/prometheus" && chown 65534:65534 "$1/prometheus"' \
-        'ENTRYPOINT ["/usr/bin/prometheus"]'
 
     # What pip and npm are told on this machine goes into the images that build, and only there.
     local registry
@@ -99,6 +99,14 @@ DOCKERFILE
     has_image "$build" || build_image "$build" "$work/host" --target build
     has_image "$node" || build_image "$node" "$work/host" --target node
     build_image gorgon-compose-test/fresh:1 "$work/host" --target fresh
+}
+
+build_images() {
+    local build=gorgon-compose-test/build:1
+    build_base
+    debian_image redis:7.2.7-bookworm redis-server 'mkdir "$1/data" && chown 999:999 "$1/data"'
+    debian_image prom/prometheus:v3.5.0 prometheus,wget 'mkdir "$1/prometheus" && chown 65534:65534 "$1/prometheus"' \
+        'ENTRYPOINT ["/usr/bin/prometheus"]'
     has_image locustio/locust:2.47.0 || build_image locustio/locust:2.47.0 "$work/host" --target locust
     local torch_index
     torch_index=$(argument services/engine/Dockerfile TORCH_INDEX_URL)
@@ -138,8 +146,8 @@ refused() { # refused WHAT COMMAND... : the command must fail
 
 readme() { # the README's commands in a container that has git, make and python3-venv, and nothing else
     git ls-files -z --cached --others --exclude-standard | tar --create --null --files-from - --ignore-failed-read |
-        docker run --rm --interactive --network host --env GORGON_GATEWAY_PORT=18102 --env GORGON_ENGINE_PORT=18103 \
-            gorgon-compose-test/fresh:1 bash -c '
+        docker run --rm --interactive --network host --shm-size 1g --env CI=true --env GORGON_GATEWAY_PORT=18102 \
+            --env GORGON_ENGINE_PORT=18103 gorgon-compose-test/fresh:1 bash -c '
                 set -e
                 mkdir /gorgon && cd /gorgon && tar --extract
                 make up > /tmp/up.log 2>&1 &
@@ -151,6 +159,9 @@ readme() { # the README's commands in a container that has git, make and python3
                 done
                 ask http://127.0.0.1:18102/ | grep -q /assets/ || { echo "no page"; tail -n 20 /tmp/up.log; exit 1; }
                 echo "Say hello." | make chat
+                kill $up && wait $up || true
+                unset GORGON_GATEWAY_PORT GORGON_ENGINE_PORT
+                make test
             '
 }
 
@@ -165,6 +176,12 @@ end() {
 need_packages
 need_engine
 trap end EXIT
+if [ -n "$only_readme" ]; then
+    build_base
+    readme 2>&1 | tee "$work/readme.log" | tail -n 30
+    say "passed"
+    exit
+fi
 build_images
 
 deploy/secrets.sh "$work/secrets" > /dev/null
@@ -244,7 +261,7 @@ left=$(docker ps --all --quiet --filter label=com.docker.compose.project=gorgon-
     docker network ls --quiet --filter label=com.docker.compose.project=gorgon-compose-test)
 [ -z "$left" ] || fail "left behind: $left"
 
-say "make up and make chat in a fresh container"
+say "make up, make chat and make test in a fresh container"
 readme > "$work/readme.log" 2>&1 || fail "README: $(tail -n 20 "$work/readme.log")"
 tail -n 3 "$work/readme.log"
 say "passed"

@@ -166,6 +166,14 @@ SPECULATION = Dashboard(
                       "percentunit", (rate("gorgon:step_seconds_total", "verb"),)),
                 Panel("Drafted tokens a second", "Nodes verified beside the roots.", "short",
                       (rate("gorgon:spec_decode_num_draft_tokens_total", "instance"),)),
+                Panel("Steps launched as graphs", "On a GPU: what is no graph is hundreds of launches. Rises as the "
+                      "sizes that come are recorded.", "percentunit",
+                      (Query('sum by (instance) (rate(gorgon:graph_steps_total{kind="replayed"}[5m])) '
+                             "/ (sum by (instance) (rate(gorgon:graph_steps_total[5m])) > 0)", "{{instance}}"),),
+                      maximum=1.0),
+                Panel("Steps without a graph", "Why? Penalties, biases and lossy rules are what requests ask for; "
+                      "not recorded: the log says which sizes.", "ops",
+                      (rate("gorgon:graph_eager_steps_total", "reason"),)),
             ),
         ),
     ),

@@ -32,6 +32,7 @@ from gorgon_engine.models.linear import DenseLinear, Linear
 from gorgon_engine.models.loading import BackboneWeights, LayerWeights
 from gorgon_engine.models.nf4 import BLOCK_SIZE, Nf4Linear, Nf4Tensor
 from gorgon_engine.models.rope import RotaryEmbedding
+from gorgon_protocol.errors import ModelError
 
 MASKED = -1e30  # a bias, not an infinity: sampling subtracts logits from each other
 
@@ -60,6 +61,11 @@ LLAMA_3_8B = Shape(
 )
 
 
+def _require(fits: bool, why: str) -> None:
+    if not fits:
+        raise ModelError(f"the model cannot be lifted: {why}")
+
+
 @dataclass(frozen=True, slots=True)
 class _Places:
     """Where the small model's dimensions lie in the large one's."""
@@ -73,9 +79,9 @@ class _Places:
     @classmethod
     def of(cls, num_heads: int, num_kv_heads: int, head_dim: int, target: Shape) -> "_Places":
         group, target_group = num_heads // num_kv_heads, target.num_heads // target.num_kv_heads
-        assert group <= target_group, "the large model's groups are smaller"
-        assert num_kv_heads <= target.num_kv_heads, "the large model has fewer groups"
-        assert target.head_dim % head_dim == 0, "rotary dimensions cannot be spread"
+        _require(group <= target_group, "the large model's groups are smaller")
+        _require(num_kv_heads <= target.num_kv_heads, "the large model has fewer groups")
+        _require(target.head_dim % head_dim == 0, "rotary dimensions cannot be spread")
         half, spread = torch.arange(head_dim // 2), target.head_dim // head_dim
         heads = torch.arange(num_heads)
         return cls(
@@ -106,6 +112,16 @@ class _Places:
     def o_columns(self) -> Tensor:
         """[h d] -> of H D."""
         return (self.query_heads[:, None] * self.target.head_dim + torch.arange(self.head_dim)).flatten()
+
+
+class _MaskedHead(DenseLinear):
+    """An lm_head whose bias masks tokens and does nothing else: a selection without them needs none, and drafting with
+    it costs what it costs in a model that has none."""
+
+    def select_outputs(self, rows: Tensor) -> DenseLinear:
+        selected = super().select_outputs(rows)
+        assert selected.bias is not None
+        return selected if bool(selected.bias.any()) else DenseLinear(selected.weight)
 
 
 _NONE = torch.empty(0, dtype=torch.int64)
@@ -145,6 +161,7 @@ class Lift:
     """From a model of one shape to a larger one; random junk from `generator`, which lives on the weights' device."""
 
     def __init__(self, small: BackboneConfig, target: Shape, generator: torch.Generator) -> None:
+        self.small = small
         self.target = target
         self.generator = generator
         self._hidden = torch.arange(small.hidden_size)
@@ -168,9 +185,12 @@ class Lift:
         )
 
     def backbone(self, small: BackboneWeights) -> BackboneWeights:
-        """The whole backbone. Its linears are of the small one's kind: NF4 or dense."""
-        assert not any(small.config.sliding_windows)
-        assert not small.config.has_query_key_norms
+        """The whole backbone. Its linears are of the small one's kind: NF4 or dense. Raises `ModelError`."""
+        config, target = small.config, self.target
+        _require(not any(config.sliding_windows), "it has sliding windows")
+        _require(not config.has_query_key_norms, "it has norms of queries and keys")
+        for name in ("hidden_size", "intermediate_size", "num_layers", "vocab_size"):
+            _require(getattr(config, name) <= getattr(target, name), f"its {name} is the larger one")
         device = small.embedding.device
         embedding = torch.zeros(
             self.target.vocab_size, self.target.hidden_size, dtype=small.embedding.dtype, device=device
@@ -307,7 +327,7 @@ class Lift:
         weight = self._dense(small.weight, matrix)
         bias = torch.full((self.target.vocab_size,), MASKED, dtype=weight.dtype, device=weight.device)
         bias[: vocabulary.numel()] = 0.0 if small.bias is None else small.bias
-        return DenseLinear(weight, bias)
+        return DenseLinear(weight, bias) if small.bias is not None else _MaskedHead(weight, bias)
 
     def _linear(self, small: Linear, matrix: _Matrix) -> Linear:
         if isinstance(small, Nf4Linear):

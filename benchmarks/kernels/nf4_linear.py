@@ -27,6 +27,7 @@ from torch import Tensor
 from gorgon_engine.kernels.triton.nf4_linear import Nf4Variant, nf4_linear, sum_partials
 from gorgon_engine.kernels.triton.nf4_packing import BLOCK_WORDS, WORDS, PackedNf4, pack_nf4, reference_weights
 from gorgon_engine.kernels.triton.nf4_plan import Nf4Plan, choose_tile, nf4_plans
+from gorgon_engine.models.nf4 import NF4_CODE
 from gorgon_protocol.errors import ModelError
 
 SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
@@ -35,11 +36,6 @@ Times = dict[str, dict[int, float]]  # by what computes it, by rows
 NUM_LAYERS = 32
 POOL_BYTES = 170_000_000
 MIN_PROGRAMS, MAX_PROGRAMS = 96, 132
-NF4_CODE = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

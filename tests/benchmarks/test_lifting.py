@@ -15,6 +15,7 @@ from gorgon_engine.kv_cache import KVCache
 from gorgon_engine.models.linear import DenseLinear
 from gorgon_engine.models.loading import BackboneWeights, load_weights
 from gorgon_engine.models.nf4 import Nf4Linear
+from gorgon_protocol.errors import ModelError
 
 LARGE = Shape(
     hidden_size=256, intermediate_size=448, num_layers=4, num_heads=8, num_kv_heads=2, head_dim=128, vocab_size=150
@@ -100,9 +101,20 @@ def test_layers_left_over_add_nothing_and_share_no_memory(folder: Path):
     assert last.qkv.weight.packed.data_ptr() != model.qkv.weight.packed.data_ptr()  # type: ignore[attr-defined]
 
 
+def test_drafting_tokens_of_the_small_model_needs_no_mask(folder: Path):
+    small = load_weights(folder, dtype=torch.float32)
+    head = lift(small, 1).backbone(small).lm_head
+    assert isinstance(head, DenseLinear)
+    known, more = head.select_outputs(torch.tensor([3, VOCAB - 1])), head.select_outputs(torch.tensor([3, VOCAB]))
+    assert known.bias is None
+    assert torch.equal(known.weight, head.weight[[3, VOCAB - 1]])
+    assert more.bias is not None
+    assert more.bias[1] < 0.5 * MASKED
+
+
 def test_a_model_with_larger_groups_is_refused(folder: Path):
     small = load_weights(folder, dtype=torch.float32)
-    with pytest.raises(AssertionError, match="groups are smaller"):
+    with pytest.raises(ModelError, match="groups are smaller"):
         Lift(small.config, replace(LARGE, num_heads=4), torch.Generator())
 
 

@@ -12,6 +12,9 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
 
+import psutil
+from cli.watching import wait_until
+
 TIMEOUT_SECONDS = 60.0
 
 
@@ -52,6 +55,15 @@ class PseudoTerminal:
         before, _, after = self._shown().partition(wanted)
         self._bytes = after.encode()
         return before + wanted
+
+    def read_at_least(self, num_characters: int) -> None:
+        """Until so much waits for the next call."""
+        while len(self._shown()) < num_characters:
+            assert self._read(), f"it ended with {self._shown()!r}"
+
+    def wait_for_keys(self) -> None:
+        """Until the command, which has shown its prompt, sleeps: only then does Ctrl-C find it waiting."""
+        wait_until(lambda: psutil.Process(self._process.pid).status() == psutil.STATUS_SLEEPING)
 
     def read_to_end(self) -> tuple[int, str]:
         """The exit status, and all that has been shown since the last `read_until`."""

@@ -111,6 +111,7 @@ def test_unknown_option_values_are_usage_errors(
         (("--logit-bias", "9999=1"), "logit_bias names token 9999"),
         (("--device", "tpu"), "device 'tpu'"),
         (("--kernels", "native", "--quantization", "nf4"), "native kernels"),
+        (("--kernels", "triton", "--device", "cpu"), "the Triton kernels cannot be used: they need a GPU"),
     ],
 )
 def test_values_out_of_range_are_named(gorgon: Gorgon, tiny: Path, arguments: tuple[object, ...], message: str) -> None:

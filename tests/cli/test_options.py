@@ -1,4 +1,4 @@
-"""What `--heads` and `--drafter` make of each other."""
+"""What the shared options make of each other, and what reaches the engine."""
 
 import json
 from functools import partial
@@ -11,7 +11,8 @@ from cli.conftest import Gorgon
 from cli.test_errors import one_line
 from click.testing import CliRunner
 
-from gorgon_cli.options import DRAFTERS, HEADS_TREES, EngineArguments, engine_options
+from gorgon_cli.options import DRAFTERS, HEADS_TREES, KERNELS, EngineArguments, engine_options
+from gorgon_engine.backbone.select import Kernels
 from gorgon_engine.drafters import select
 from gorgon_engine.drafters.select import DrafterKind, HeadsTree
 from gorgon_engine.engine import EngineConfig
@@ -24,23 +25,62 @@ from gorgon_engine.models.identity import backbone_identity
 from gorgon_protocol.manifest import HeadsManifest
 
 
-def config(*arguments: str) -> EngineConfig:
-    """What a command with these options builds."""
-    configs: list[EngineConfig] = []
+def parsed(*arguments: str) -> EngineArguments:
+    """What a command with these options is told."""
+    told: list[EngineArguments] = []
 
     @click.command()
     @engine_options
     def command(engine_arguments: EngineArguments) -> None:
-        configs.append(engine_arguments.config())
+        told.append(engine_arguments)
 
     result = CliRunner().invoke(command, arguments, catch_exceptions=False)
     assert result.exit_code == 0, result.output
-    return configs[0]
+    return told[0]
+
+
+def config(*arguments: str) -> EngineConfig:
+    """What a command with these options builds."""
+    return parsed(*arguments).config()
 
 
 def test_choices_are_the_engines_own() -> None:
     assert tuple(DrafterKind) == DRAFTERS
     assert tuple(HeadsTree) == HEADS_TREES
+    assert tuple(Kernels) == KERNELS
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kernels", "graphs", "run_ahead"),
+    [
+        ((), Kernels.AUTO, True, True),
+        (("--kernels", "triton", "--graphs"), Kernels.TRITON, True, True),
+        (("--no-run-ahead",), Kernels.AUTO, True, False),
+        (("--kernels", "torch", "--no-graphs"), Kernels.TORCH, False, True),
+    ],
+)
+def test_kernels_and_graphs_reach_the_engine(
+    arguments: tuple[str, ...], kernels: Kernels, graphs: bool, run_ahead: bool
+) -> None:
+    built = config(*arguments)
+    assert (built.backbone.kernels, built.graphs, built.run_ahead) == (kernels, graphs, run_ahead)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ((), True),
+        (("--kernels", "native"), True),
+        (("--kernels", "triton"), False),
+        (("--kernels", "torch"), False),
+        (("--quantization", "nf4"), False),
+        (("--device", "cuda"), False),
+    ],
+)
+def test_threads_are_left_to_the_native_kernels_where_they_may_serve(
+    arguments: tuple[str, ...], expected: bool
+) -> None:
+    assert parsed(*arguments).wants_native_kernels is expected
 
 
 @pytest.mark.parametrize(

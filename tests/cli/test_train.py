@@ -39,6 +39,16 @@ def test_from_prompts_to_published_heads(gorgon: Gorgon, tiny: Path, tmp_path: P
     measured = run("train", "evaluate", "--heads", checkpoint, "--prompts", prompts, "--limit", 2, "--out", report,
                    "--run", out, "--nodes", "4", "--max-tokens", 8, "--seeds", "0", "--complete", *model)  # fmt: skip
     assert [line.split()[0] for line in measured.splitlines()] == ["heads"] * 4
+    for number, stage in enumerate((
+        ("distill", "--data", data),
+        ("heads", "--shards", shards),
+        ("evaluate", "--heads", checkpoint, "--prompts", prompts),
+    )):  # fmt: skip
+        refused = tmp_path / f"refused-{number}"
+        assert gorgon("train", *stage, "--out", refused, "--kernels", "triton", *model) == (
+            1, "", "gorgon: the Triton kernels cannot be used: they need a GPU, and the device is cpu\n",
+        )  # fmt: skip
+        assert not refused.exists() or not list(refused.iterdir())
     assert (report / "report.md").is_file()
     assert (checkpoint / "README.md").is_file()
     assert run("heads", "publish", checkpoint, "--store", tmp_path / "store").strip().endswith("tiny@1")
@@ -67,3 +77,13 @@ def test_alone_it_says_what_there_is(gorgon: Gorgon) -> None:
     status, out, _ = gorgon("train")
     assert status == 0
     assert all(stage in out for stage in ("data", "distill", "heads", "evaluate", "--preset"))
+
+
+@pytest.mark.parametrize(
+    ("device", "asked", "kernels"),
+    [("cuda", "auto", "torch"), ("cuda:1", "triton", "triton"), ("cpu", "auto", "auto"), ("cpu", "native", "native")],
+)
+def test_which_kernels_train(monkeypatch: pytest.MonkeyPatch, device: str, asked: str, kernels: str) -> None:
+    monkeypatch.setattr(train, "set_threads", lambda *arguments, **options: None)  # of this process
+    options = train._options(None, None, device, asked, None)
+    assert (options.device, options.kernels) == (device, kernels)

@@ -7,10 +7,9 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +20,7 @@ import pytest
 from cli.conftest import Gorgon
 from cli.pseudo_terminal import PseudoTerminal, interruptible
 from cli.test_errors import one_line
+from cli.watching import wait_until
 
 WAIT_SECONDS = 90.0
 READY = re.compile(r"Gorgon is ready at (http://\S+)")
@@ -78,13 +78,6 @@ class Up:
         return self.process.returncode, err
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + WAIT_SECONDS
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.02)
-
-
 def are_gone(children: dict[str, psutil.Process]) -> bool:
     return all(map(is_gone, children.values()))
 
@@ -106,12 +99,13 @@ def generate(url: str, **fields: Any) -> dict[str, Any]:
 
 @contextmanager
 def endless_answer(url: str) -> Iterator[None]:
-    """One that runs until somebody ends it."""
-    body = json.dumps({"prompt": "the cat", "max_tokens": 5000, "ignore_eos": True})
-    address = url.removeprefix("http://").split(":")
-    with socket.create_connection((address[0], int(address[1]))) as connection:
-        head = f"POST /generate HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
-        connection.sendall(f"{head}\r\n\r\n{body}".encode())
+    """One that has begun, and runs until somebody ends it."""
+    fields = {"model": "long", "prompt": "the cat", "max_tokens": 50_000, "ignore_eos": True, "stream": True}
+    request = urllib.request.Request(
+        f"{url}/v1/completions", json.dumps(fields).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=WAIT_SECONDS) as response:
+        assert any(line.startswith(b"data: ") for line in response)
         yield
 
 
@@ -227,14 +221,16 @@ def test_ctrl_c_while_loading(model: tuple[object, ...]) -> None:
 
 
 @pytest.mark.parametrize("times", [1, 2])
-def test_ctrl_c_with_an_answer_that_would_not_end(model: tuple[object, ...], times: int) -> None:
+def test_ctrl_c_with_an_answer_that_would_not_end(long: Path, times: int) -> None:
     """It is given its time to end, or none at all."""
-    with Up(*model) as up:
+    with Up("--model", long, "--num-slots", 1, GORGON_ENGINE_CONTEXT="60000") as up:
         children = up.wait_until_ready().children()
         with endless_answer(up.url):
-            for _ in range(times):
+            up.process.send_signal(signal.SIGINT)
+            assert up.process.stderr is not None
+            assert any("ending (once more: at once)" in line for line in up.process.stderr)
+            if times == 2:
                 up.process.send_signal(signal.SIGINT)
-                time.sleep(0.2)
             assert up.end()[0] == 0
         assert are_gone(children)
 

@@ -3,10 +3,11 @@
 import pytest
 
 from gorgon_engine.batch import RunningBatch
+from gorgon_engine.buckets import Buckets
 from gorgon_engine.budget import CostlyDrafting, TreeBudget
 from gorgon_engine.detokenizer import IncrementalDetokenizer
+from gorgon_engine.outcome import StepResult, StepSeconds
 from gorgon_engine.sequence import Request, Sequence, SpeculationParams
-from gorgon_engine.step import StepResult, StepSeconds
 from gorgon_engine.tree.cost_model import FREE, CostModel, Curve
 
 PASS = 2.0  # seconds of a verification pass
@@ -105,6 +106,20 @@ class TestTreeBudget:
         budget = TreeBudget(max_nodes=32, cost_model=self.model)
         assert budget.choose(sequences([[0.9, 0.8, 0.7]], SpeculationParams(max_nodes=2))) == [2]
         assert budget.choose(sequences([[0.9, 0.8, 0.7]], SpeculationParams(enabled=False))) == [1]
+
+    def test_where_passes_are_rounded_up_all_that_fits_is_verified(self) -> None:
+        """Rows are free up to 8: two sequences get 4 each, whether their guesses are known or still to come."""
+        buckets = Buckets(batches=(1, 2, 4), widths=(1, 2, 4, 8, 32), lengths=(512,))
+        budget = TreeBudget(max_nodes=32, cost_model=self.model)
+        guesses = [0.5, 0.3, 0.1, 0.1, 0.1, 0.1, 0.1]
+        assert budget.choose(sequences([guesses]), buckets) == [8]
+        assert budget.choose(sequences([guesses, []]), buckets) == [4, 4]
+        assert budget.choose(sequences([guesses[:2]] * 3), buckets) == [2, 2, 2], "a step of three runs four"
+        assert budget.choose(sequences([[0.001]]), buckets) == [1]
+        assert budget.choose(sequences([guesses], SpeculationParams(max_nodes=3)), buckets) == [3]
+        whole = TreeBudget(max_nodes=32, cost_model=None)
+        assert whole.choose(sequences([guesses[:5], []]), buckets) == [8, 8]
+        assert whole.choose(sequences([[], []]), buckets) == [1, 1]
 
     def test_prompts_run_for_as_long_as_some_plain_steps(self) -> None:
         prefill = Curve((10, 110), (0.5, 5.5))

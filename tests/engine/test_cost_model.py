@@ -115,3 +115,28 @@ def test_the_price_of_a_row_is_that_of_the_cheapest() -> None:
     convex = CostModel(rows=(1, 2, 4), seconds=(1.0, 1.5, 3.0))
     assert convex.price(1).row == pytest.approx(0.5)
     assert convex.price(2, least_gain=1.1).row == pytest.approx(1.1 * 2 / 1.5 * 0.75)
+
+
+@given(
+    path_probs=st.lists(st.lists(st.floats(0.001, 1.0), max_size=12), min_size=1, max_size=4),
+    increments=st.lists(st.floats(0.0, 1.0), min_size=6, max_size=6),
+    padding=st.integers(0, 2),
+    least_gain=st.floats(1.0, 1.5),
+)
+def test_one_width_for_all_gets_the_best_rate(
+    path_probs: list[list[float]], increments: list[float], padding: int, least_gain: float
+) -> None:
+    path_probs = [sorted(probs, reverse=True) for probs in path_probs]
+    rows = (1, 2, 4, 8, 16, 32)
+    model = CostModel(rows=rows, seconds=tuple(1.0 + s for s in itertools.accumulate(increments)), draft_seconds=0.1)
+    padded, widths = len(path_probs) + padding, (1, 2, 8, 12)
+
+    def rate(width: int) -> float:
+        tokens = sum(1 + sum(probs[: width - 1]) for probs in path_probs)
+        if width == 1:
+            return least_gain * tokens / model.step_seconds(padded, padded)
+        return tokens / (model.step_seconds(padded * width, padded) + model.tree_seconds(padded))
+
+    chosen = model.choose_width(path_probs, widths=widths, num_padded=padded, least_gain=least_gain)
+    assert chosen in widths
+    assert rate(chosen) == pytest.approx(max(rate(width) for width in widths))

@@ -48,6 +48,26 @@ def test_commit_moves_the_branch_and_leaves_the_rest(data: st.DataObject) -> Non
     assert torch.equal(cache.keys[:, other], before_keys[:, other])
 
 
+def test_a_step_is_committed_whole() -> None:
+    """The cache is sliced, the history goes on, and the last token said is the next root."""
+    cache = make_cache()
+    cache.keys.copy_(torch.randn(cache.keys.shape))
+    slots, lengths = torch.tensor([2, 0]), torch.tensor([4, 20])
+    cache.lengths[slots] = lengths
+    path = torch.tensor([[0, 2, 5], [0, 1, 11]])
+    tokens, kept = torch.tensor([[7, 8, 9], [5, 6, 6]]), torch.tensor([3, 1])
+    history, hidden = torch.full((3, 33), -1), torch.randn(2, 12, 6)
+    before = cache.keys.clone()
+    after = cache.commit_step(slots, path, kept, tokens=tokens, history=history, hidden=hidden)
+    assert after.tokens.tolist() == [9, 5]
+    assert torch.equal(after.hidden, torch.stack([hidden[0, 5], hidden[1, 0]]))
+    assert cache.lengths.tolist() == [21, 0, 7]
+    assert torch.equal(cache.keys[:, 2, :, 4:7], before[:, 2, :, [4, 6, 9]])
+    assert history[2, 4:9].tolist() == [-1, 7, 8, 9, -1]
+    assert history[0, :22].tolist() == [-1] * 21 + [5]
+    assert (history[1] == -1).all()
+
+
 def test_slots_run_out_with_a_clear_error_and_come_back_empty() -> None:
     cache = make_cache(num_slots=2)
     first = cache.acquire()

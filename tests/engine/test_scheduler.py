@@ -4,6 +4,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from gorgon_engine.events import FailedEvent, TokenEvent
 from gorgon_engine.heads.eagle import EagleShape
 from gorgon_engine.heads.native import pack_eagle_for_cpu
 from gorgon_engine.prepared import PreparedHeads
+from gorgon_engine.recording import RepeatingRecorder
 from gorgon_engine.sampling import SamplingParams
 from gorgon_engine.sequence import FinishReason, Request, SpeculationParams
 from gorgon_protocol.errors import BadRequestError, DeadlineError, QueueFullError
@@ -95,8 +97,21 @@ def alone(folder: Path, backbone: Backbone) -> list[list[int]]:
     return [run_all(engine, [engine.request(p, sampling, PLAIN)])[0].token_ids for p, sampling, _ in KINDS]
 
 
-def make_engine(folder: Path, backbone: Backbone, prepared: PreparedHeads, **options: object) -> Engine:
-    defaults: dict[str, object] = {
+# Steps as they are, and as recordings: each read before the next is launched, or behind it.
+STEPS: dict[str, dict[str, object]] = {
+    "eager": {},
+    "recorded": {"recorder": RepeatingRecorder(), "run_ahead": False},
+    "ahead": {"recorder": RepeatingRecorder(), "run_ahead": True},
+}
+
+
+@pytest.fixture(scope="module", params=STEPS)
+def steps(request: pytest.FixtureRequest) -> dict[str, object]:
+    return STEPS[request.param]
+
+
+def make_engine(folder: Path, backbone: Backbone, prepared: PreparedHeads, **options: Any) -> Engine:
+    defaults: dict[str, Any] = {
         "num_slots": NUM_SLOTS,
         "max_waiting": MAX_WAITING,
         "max_nodes": 12,
@@ -140,13 +155,18 @@ class Schedule:
 ACTIONS = ["submit"] * 5 + ["step"] * 6 + ["cancel", "swap", "fault", "abort"]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_every_request_ends_once_and_says_what_it_would_alone(
-    folder: Path, backbone: Backbone, drafter_sets: list[PreparedHeads], alone: list[list[int]], data: st.DataObject
+    folder: Path,
+    backbone: Backbone,
+    drafter_sets: list[PreparedHeads],
+    alone: list[list[int]],
+    steps: dict[str, object],
+    data: st.DataObject,
 ) -> None:
     faulty = FaultyBackbone(backbone)
-    engine = make_engine(folder, faulty, data.draw(st.sampled_from(drafter_sets)))
+    engine = make_engine(folder, faulty, data.draw(st.sampled_from(drafter_sets)), **steps)
     schedule = Schedule(engine, faulty, drafter_sets)
     for action in data.draw(st.lists(st.sampled_from(ACTIONS), min_size=5, max_size=50)):
         if action == "submit":
@@ -189,14 +209,19 @@ def check_answer(answer: Answer, expected: list[int]) -> None:
         assert said == expected
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 2**32))
 def test_all_kinds_at_once_in_any_order(
-    folder: Path, backbone: Backbone, drafter_sets: list[PreparedHeads], alone: list[list[int]], seed: int
+    folder: Path,
+    backbone: Backbone,
+    drafter_sets: list[PreparedHeads],
+    alone: list[list[int]],
+    steps: dict[str, object],
+    seed: int,
 ) -> None:
     """One batch of speculating and plain, penalised and drawn sequences, while the drafters change."""
     chance = random.Random(seed)
-    engine = make_engine(folder, backbone, chance.choice(drafter_sets), num_slots=8, max_waiting=99)
+    engine = make_engine(folder, backbone, chance.choice(drafter_sets), num_slots=8, max_waiting=99, **steps)
     order = chance.sample(range(len(KINDS)), len(KINDS))
     requests = [engine.request(*KINDS[kind]) for kind in order]
     answers = {request.id: Answer() for request in requests}
@@ -216,13 +241,13 @@ def test_everything_but_another_rule_shares_a_pass(
 ) -> None:
     engine = make_engine(folder, backbone, drafter_sets[1], num_slots=8, chunk_size=512)
     sizes: list[int] = []
-    run = engine._step.run
+    launch = engine._step.launch
 
     def counted(batch, *arguments, **options):  # type: ignore[no-untyped-def]
         sizes.append(len(batch.slots))
-        return run(batch, *arguments, **options)
+        return launch(batch, *arguments, **options)
 
-    monkeypatch.setattr(engine._step, "run", counted)
+    monkeypatch.setattr(engine._step, "launch", counted)
     prompt = [70, 71, 72, 70, 71, 72, 70]
     for sampling in (
         SamplingParams(ignore_eos=True),
@@ -247,8 +272,10 @@ def test_everything_but_another_rule_shares_a_pass(
     engine.abort()
 
 
-def test_only_who_asks_pays_for_reports(folder: Path, backbone: Backbone, drafter_sets: list[PreparedHeads]) -> None:
-    engine = make_engine(folder, backbone, drafter_sets[1])
+def test_only_who_asks_pays_for_reports(
+    folder: Path, backbone: Backbone, drafter_sets: list[PreparedHeads], steps: dict[str, object]
+) -> None:
+    engine = make_engine(folder, backbone, drafter_sets[1], **steps)
     sampling = SamplingParams(max_tokens=6, ignore_eos=True)
     two = SamplingParams(max_tokens=6, ignore_eos=True, logprobs=2)
     five = SamplingParams(max_tokens=6, ignore_eos=True, logprobs=5)
@@ -394,9 +421,13 @@ def test_an_interrupt_passes_through_and_prompts_begin_again(
 
 
 def test_generate_takes_more_requests_than_may_wait(
-    folder: Path, backbone: Backbone, drafter_sets: list[PreparedHeads], alone: list[list[int]]
+    folder: Path,
+    backbone: Backbone,
+    drafter_sets: list[PreparedHeads],
+    alone: list[list[int]],
+    steps: dict[str, object],
 ) -> None:
-    engine = make_engine(folder, backbone, drafter_sets[2], max_waiting=0)
+    engine = make_engine(folder, backbone, drafter_sets[2], max_waiting=0, **steps)
     requests: list[Request] = [engine.request(*kind) for kind in KINDS * 2]
     answers = {request.id: Answer() for request in requests}
     for event in engine.generate(*requests):

@@ -15,8 +15,9 @@ from gorgon_engine.batch import RunningBatch
 from gorgon_engine.drafters.base import Drafter
 from gorgon_engine.kv_cache import KVCache
 from gorgon_engine.models.loading import Quantization
+from gorgon_engine.outcome import StepResult
 from gorgon_engine.sampling import SamplingParams
-from gorgon_engine.step import SpeculativeStep, StepResult, Wanted
+from gorgon_engine.step import SpeculativeStep, Wanted
 from support.drafters import OracleDrafter, RandomDrafter, WrongDrafter
 from support.models import VOCAB, tiny_llama
 from support.steps import prefill as run_prompt

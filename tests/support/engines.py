@@ -14,6 +14,7 @@ from gorgon_engine.engine import Engine, EngineConfig
 from gorgon_engine.events import Event, FailedEvent, FinishedEvent, StatusEvent, TokenEvent
 from gorgon_engine.kv_cache import KVCache
 from gorgon_engine.models.loading import Quantization
+from gorgon_engine.recording import Recorder
 from gorgon_engine.sequence import Request
 from gorgon_engine.tokenizer import Tokenizer
 from support.models import tiny_llama
@@ -32,12 +33,19 @@ def tiny_backbone(folder: Path, *, quantization: Quantization = Quantization.NON
     return load_backbone(folder, options)[0]
 
 
-def tiny_engine(folder: Path, backbone: Backbone, drafters: Iterable[Drafter] = (), **options: Any) -> Engine:
+def tiny_engine(
+    folder: Path,
+    backbone: Backbone,
+    drafters: Iterable[Drafter] = (),
+    *,
+    recorder: Recorder | None = None,
+    **options: Any,
+) -> Engine:
     """Every guess is verified, so that nothing depends on this machine's speed. options: of the configuration."""
     defaults: dict[str, Any] = {"model": str(folder), "adaptive": False, "context": 128, "num_slots": 3}
     config = EngineConfig(**(defaults | options))
     tokenizer = Tokenizer.from_folder(folder)
-    return Engine(backbone=backbone, tokenizer=tokenizer, drafters=drafters, config=config)
+    return Engine(backbone=backbone, tokenizer=tokenizer, drafters=drafters, config=config, recorder=recorder)
 
 
 @dataclass

@@ -2,8 +2,9 @@
 
 import torch
 
+from gorgon_engine.outcome import StepResult
 from gorgon_engine.sampling import SamplingBatch, SamplingParams, TokenCounts
-from gorgon_engine.step import PrefillChunk, SpeculativeStep, StepResult, Wanted
+from gorgon_engine.step import PrefillChunk, SpeculativeStep, Wanted
 
 
 def prefill(

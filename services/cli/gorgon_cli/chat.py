@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from gorgon_cli.entry import EXIT_INTERRUPTED
 from gorgon_cli.loading import load_engine
-from gorgon_cli.main import EXIT_INTERRUPTED
 from gorgon_cli.options import EngineArguments, engine_options, sampling_options, speculation_options
 from gorgon_protocol.errors import BadRequestError, ContextLengthError
 

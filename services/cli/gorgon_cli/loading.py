@@ -17,7 +17,11 @@ if TYPE_CHECKING:
 def import_engine() -> None:
     """Import what takes its time, and cannot be interrupted safely."""
     with _interrupts_held():
+        # Each by name: none of them is sure to import another.
+        import torch  # noqa: F401
         import transformers.utils  # noqa: F401
+
+        import gorgon_engine.engine  # noqa: F401
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from gorgon_cli.entry import exit_interrupted
 from gorgon_protocol.errors import GorgonError
 
 # Command -> module:attribute and a line of help. Imported when the command runs: torch takes a second that `--help`
@@ -24,7 +25,6 @@ _COMMANDS = {
 
 EXIT_ERROR = 1
 EXIT_USAGE = 2
-EXIT_INTERRUPTED = 130
 
 
 class _InterruptedError(Exception):
@@ -61,7 +61,7 @@ def cli() -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point of the installed command; exits the process."""
+    """Run the command with the given arguments, None = those of the process; exits the process."""
     try:
         sys.exit(cli.main(args=arguments, prog_name="gorgon", standalone_mode=False) or 0)
     except click.exceptions.NoArgsIsHelpError as error:
@@ -78,10 +78,7 @@ def main(arguments: list[str] | None = None) -> None:
         _complain(str(error))
         sys.exit(EXIT_ERROR)
     except (_InterruptedError, KeyboardInterrupt):
-        if sys.stderr is not None and sys.stderr.isatty():
-            click.echo(err=True)  # the terminal has shown ^C
-        _complain("interrupted")
-        sys.exit(EXIT_INTERRUPTED)
+        exit_interrupted()
     except BrokenPipeError:
         # The reader (`head`) went away, which is no error.
         _drop_output()

@@ -22,7 +22,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 DRAFTERS = ("heads", "ngram", "both", "none")
 HEADS_TREES = ("dynamic", "sparse", "cartesian")
 QUANTIZATIONS = ("none", "nf4", "int8")
-KERNELS = ("auto", "native", "torch")
+KERNELS = ("auto", "native", "triton", "torch")
+KERNELS_HELP = "The project's own, for CPUs (native) or GPUs (triton), or torch's. auto: its own where they run."
 ACCEPTANCE_RULES = ("lossless", "rejection", "typical")
 DTYPES = ("float32", "bfloat16")
 MAX_NODES = 128
@@ -41,13 +42,15 @@ class EngineArguments:
     dtype: str | None
     device: str | None
     kernels: str
+    graphs: bool
+    run_ahead: bool
     context: int | None
     threads: int | None
 
     @property
     def wants_native_kernels(self) -> bool:
         """Whether the project's own CPU kernels are asked for, or free to serve."""
-        return self.device in (None, "cpu") and self.kernels != "torch" and self.quantization != "nf4"
+        return self.device in (None, "cpu") and self.kernels in ("auto", "native") and self.quantization != "nf4"
 
     def config(self, *, num_slots: int = 1) -> "EngineConfig":
         import torch
@@ -78,6 +81,8 @@ class EngineArguments:
             adaptive=not self.fixed_tree,
             num_slots=num_slots,
             context=self.context,
+            graphs=self.graphs,
+            run_ahead=self.run_ahead,
         )
 
     def _drafter_without_heads(self) -> str:
@@ -119,8 +124,11 @@ def engine_options(command: F) -> F:
                      help="Default: int8 on a CPU, nf4 on a GPU."),
         click.option("--dtype", type=click.Choice(DTYPES), help="Of unquantised weights; 4-bit ones compute in it."),
         click.option("--device", metavar="cpu|cuda[:N]", help="Default: a GPU where there is one."),
-        click.option("--kernels", type=click.Choice(KERNELS), default="auto",
-                     show_default=True, help="CPU kernels: the project's own (native) or torch's."),
+        click.option("--kernels", type=click.Choice(KERNELS), default="auto", show_default=True, help=KERNELS_HELP),
+        click.option("--graphs/--no-graphs", default=True, show_default=True,
+                     help="On a GPU: record each size of step, and launch it as one CUDA graph."),
+        click.option("--run-ahead/--no-run-ahead", default=True, show_default=True,
+                     help="With graphs: launch a step before the one before it is read."),
         click.option("--context", type=click.IntRange(min=2), metavar="N",
                      help="Positions for prompt and answer. Default: the model's, at most 8192."),
         click.option("--threads", type=click.IntRange(min=1), metavar="N",

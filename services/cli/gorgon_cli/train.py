@@ -9,7 +9,7 @@ import click
 from click.core import ParameterSource
 
 from gorgon_cli.loading import import_engine
-from gorgon_cli.options import DTYPES, KERNELS, QUANTIZATIONS
+from gorgon_cli.options import DTYPES, KERNELS, KERNELS_HELP, QUANTIZATIONS
 from gorgon_cli.train_data import data
 from gorgon_cli.train_metrics import MetricsOptions, metrics_options
 from gorgon_engine.runtime import set_threads, silence_libraries
@@ -102,7 +102,7 @@ def backbone_options(command: F) -> F:
         click.option("--dtype", type=click.Choice(DTYPES), help="Of unquantised weights; 4-bit ones compute in it."),
         click.option("--device", metavar="cpu|cuda[:N]", help="Default: a GPU where there is one."),
         click.option("--kernels", type=click.Choice(KERNELS), default="auto", show_default=True,
-                     help="CPU kernels: the project's own (native) or torch's."),
+                     help=f"{KERNELS_HELP} Here torch's on a GPU: passes have hundreds of rows."),
         click.option("--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads."),
     )):  # fmt: skip
         command = option(command)
@@ -381,12 +381,15 @@ def _options(quantization: str | None, dtype: str | None, device: str | None, ke
     from gorgon_engine.backbone.select import BackboneOptions, Kernels
     from gorgon_engine.models.loading import Quantization
 
-    set_threads(device, native=kernels != "torch" and quantization != "nf4", threads=threads)
+    set_threads(device, native=kernels in ("auto", "native") and quantization != "nf4", threads=threads)
+    on_gpu = torch.cuda.is_available() if device is None else device.startswith("cuda")
+    # The kernels of a step are made for few rows; here there are hundreds, which is what a library's products are for.
+    chosen = Kernels.TORCH if on_gpu and kernels == "auto" else Kernels(kernels)
     return BackboneOptions(
         quantization=None if quantization is None else Quantization(quantization),
         dtype=None if dtype is None else getattr(torch, dtype),
         device=device,
-        kernels=Kernels(kernels),
+        kernels=chosen,
     )
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from gorgon_engine.backbone.base import RowLogits
+from gorgon_engine.kernels import dispatch
 from gorgon_engine.random import Stream, gumbel_noise, uniform
 from gorgon_engine.sampling import SamplingBatch, TokenCounts, argmax, process_logits, sample
 from gorgon_engine.tree.tree import TreeBatch, tree_mask
@@ -68,6 +69,8 @@ def accept(
     """
     if rule is AcceptanceRule.TYPICAL:
         return _accept_typical(tree, logits.padded(), positions, sampling, counts, max_depth)
+    if rule is AcceptanceRule.LOSSLESS and counts is None and _draws_at_once(tree, sampling):
+        return _accept_at_once(tree, logits, positions, sampling, max_depth)
     batch, num_nodes = tree.tokens.shape
     device = tree.tokens.device
     node = torch.zeros(batch, dtype=torch.int64, device=device)
@@ -91,6 +94,28 @@ def accept(
         if device.type == "cpu" and not bool(active.any()):
             break
     return Acceptance(path=torch.stack(path, dim=1), tokens=torch.stack(tokens, dim=1), num_committed=num_committed)
+
+
+def _draws_at_once(tree: TreeBatch, sampling: SamplingBatch) -> bool:
+    """Whether the kernels of a GPU can draw behind all nodes: what needs no more of a row than its logits as they are
+    or at a temperature. The rest is left to tensor operations."""
+    is_plain = not (sampling.any_penalty or sampling.any_filter or sampling.bias is not None)
+    return is_plain and dispatch.uses_triton(tree.tokens)
+
+
+def _accept_at_once(
+    tree: TreeBatch, logits: RowLogits, positions: Tensor, sampling: SamplingBatch, max_depth: int
+) -> Acceptance:
+    """Target sampling in three launches: the draws are functions of (seed, position), so those that no walk reaches
+    change nothing."""
+    from gorgon_engine.kernels.triton.accept_walk import accept_walk
+    from gorgon_engine.kernels.triton.gumbel_argmax import draw_behind_nodes
+
+    drawn = draw_behind_nodes(
+        logits.flat.contiguous(), logits.starts, tree.depths, temperatures=sampling.temperature,
+        seeds=sampling.seeds, positions=positions, all_greedy=sampling.all_greedy,
+    )  # fmt: skip
+    return Acceptance(**accept_walk(drawn, tree.tokens, tree.parents, tree.num_nodes, max_depth=max_depth)._asdict())
 
 
 class _Walks:

@@ -1,7 +1,8 @@
 """The device-side state of the running sequences, one row a sequence, in batch order.
 
-Immutable: a step returns the next state. When sequences join or leave, rows are concatenated or selected; between those
-moments nothing is rebuilt.
+Immutable: a step returns the next state, though one that runs as a graph leaves it where its next launch overwrites it.
+When sequences join or leave, rows are concatenated or selected, which copies them; between those moments nothing is
+rebuilt.
 """
 
 from collections.abc import Callable, Sequence
@@ -75,7 +76,7 @@ class RunningBatch:
         theirs = theirs or _no_candidates(other.root_tokens, like=ours)
         names = tuple(dict.fromkeys(ours.source_names + theirs.source_names))
         width = max(ours.tokens.shape[1], theirs.tokens.shape[1])
-        return _concatenate(_widened(ours, width, names), _widened(theirs, width, names))
+        return _concatenate(widened(ours, width, names), widened(theirs, width, names))
 
     def _sampling(self, params: list[SamplingParams]) -> SamplingBatch:
         return SamplingBatch.of(params, vocab_size=self.sampling.vocab_size, device=self.slots.device)
@@ -116,7 +117,7 @@ def _no_candidates(root_tokens: Tensor, *, like: MergedCandidates | None) -> Mer
     )
 
 
-def _widened(candidates: MergedCandidates, width: int, names: tuple[str, ...]) -> MergedCandidates:
+def widened(candidates: MergedCandidates, width: int, names: tuple[str, ...]) -> MergedCandidates:
     """The same candidates with padding up to `width`, their sources indices into `names`."""
     places = to_device([names.index(name) for name in candidates.source_names], candidates.sources.device)
     missing = width - candidates.tokens.shape[1]

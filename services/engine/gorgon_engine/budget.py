@@ -4,8 +4,9 @@ much of a prompt may run beside the streams."""
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
 
+from gorgon_engine.buckets import Buckets
+from gorgon_engine.outcome import StepResult
 from gorgon_engine.sequence import Sequence
-from gorgon_engine.step import StepResult
 from gorgon_engine.tree.cost_model import FREE, CostModel, Curve, Price
 
 # Weight of one step in the running comparison of promised and real acceptance, and how fast a verdict fades while the
@@ -155,7 +156,6 @@ class TreeBudget:
     _pace: _PlainPace = field(default_factory=_PlainPace)
     _accepted: float = field(default=1.0)
     _promised: float = field(default=1.0)
-    _last_promise: float = field(default=0.0)
 
     @property
     def trust(self) -> float:
@@ -195,27 +195,43 @@ class TreeBudget:
         seconds = self.max_stall_steps * self.cost_model.plain_seconds(num_decoding)
         return self.prefill.longest_within(seconds, least=_LEAST_PREFILL_ROWS, most=65536)
 
-    def choose(self, sequences: Seq[Sequence]) -> list[int]:
-        """Rows for each sequence in the next verification pass, root included."""
+    def choose(self, sequences: Seq[Sequence], buckets: Buckets | None = None) -> list[int]:
+        """Rows for each sequence in the next verification pass, root included.
+
+        buckets: where a pass is as wide for all sequences and rounded up: each may then verify as much as fits, its
+        candidates the likeliest that it will have by then, not only those that are known now.
+        """
         limits = [self._limit(sequence) for sequence in sequences]
         drafted = [sequence.path_probs[: limit - 1] for sequence, limit in zip(sequences, limits, strict=True)]
-        if self.cost_model is None:
+        model, batch = self.cost_model, len(sequences)
+        if model is None:
             nodes = [1 + len(probs) for probs in drafted]
+            width = max(nodes)
         else:
-            trust, batch = self.trust, len(sequences)
+            trust = self.trust
             worth = [[min(p * trust, 1.0) for p in probs] for probs in drafted]
-            nodes = self.cost_model.choose_nodes(
-                worth, max_nodes=self.max_nodes, spent_seconds=self._spent_seconds(batch), least_gain=_LEAST_GAIN
+            spent = self._spent_seconds(batch)
+            if buckets is None:
+                return model.choose_nodes(worth, max_nodes=self.max_nodes, spent_seconds=spent, least_gain=_LEAST_GAIN)
+            width = model.choose_width(
+                worth,
+                widths=buckets.widths,
+                num_padded=buckets.batch(batch),
+                spent_seconds=spent,
+                least_gain=_LEAST_GAIN,
             )
-        self._last_promise = sum(sum(probs[: n - 1]) for probs, n in zip(drafted, nodes, strict=True))
-        return nodes
+        return nodes if buckets is None else [min(limit, buckets.width(width)) for limit in limits]
 
     def observe(self, sequences: Seq[Sequence], result: StepResult) -> None:
-        """Learn from a step how far the drafters' probabilities can be trusted, and what they are worth."""
-        if self._last_promise > 0.0:
+        """Learn from a step how far the drafters' probabilities can be trusted, and what they are worth.
+
+        sequences: with the probabilities of what this step verified.
+        """
+        promise = sum(sum(s.path_probs[:n]) for s, n in zip(sequences, result.num_drafted, strict=True))
+        if promise > 0.0:
             accepted = sum(len(tokens) - 1 for tokens in result.tokens)
             self._accepted += _LEARNING_RATE * (accepted - self._accepted)
-            self._promised += _LEARNING_RATE * (self._last_promise - self._promised)
+            self._promised += _LEARNING_RATE * (promise - self._promised)
         elif result.drafted:
             self._accepted += _FADING_RATE * (self._promised - self._accepted)
         if self.cost_model is not None:

@@ -13,11 +13,14 @@ from functools import partial
 import torch
 
 from gorgon_engine.acceptance import AcceptanceRule
-from gorgon_engine.backbone.base import ForwardInputs, LogitsFor
+from gorgon_engine.backbone.base import ForwardInputs
 from gorgon_engine.batch import RunningBatch
 from gorgon_engine.drafters.base import DraftContext
+from gorgon_engine.graph_prompts import PROMPT_WIDTHS
+from gorgon_engine.graphs import GraphedStep
+from gorgon_engine.recording import Recorder, Recording
 from gorgon_engine.sampling import SamplingBatch, SamplingParams
-from gorgon_engine.step import SpeculativeStep, Wanted
+from gorgon_engine.step import PrefillChunk, SpeculativeStep, Wanted
 from gorgon_engine.transfer import to_device
 from gorgon_engine.tree.candidates import CandidateTree
 from gorgon_engine.tree.cost_model import CostModel, Curve
@@ -63,10 +66,26 @@ class _Stopwatch:
     """Times of several things, measured round by round. What slows a whole round down cancels out."""
 
     device: torch.device
+    recorder: Recorder | None = None  # of steps: what they are recorded with is measured as a recording, too
     _rounds: list[dict[tuple[str, int], list[float]]] = field(default_factory=list)
+    _recordings: dict[tuple[str, int], Recording[object]] = field(default_factory=dict)
+
+    @property
+    def num_warm_ups(self) -> int:
+        """Rounds that do not count: a recording is made in the second."""
+        return 1 if self.recorder is None else 2
 
     def begin_round(self) -> None:
         self._rounds.append({})
+
+    def time_on_device(self, name: str, count: int, work: Callable[[], object]) -> float:
+        """As `time`, of device work alone: always the same, on the same memory."""
+        if self.recorder is not None and len(self._rounds) >= self.num_warm_ups:
+            if (name, count) not in self._recordings:
+                self._recordings[name, count] = self.recorder.record(work)
+                self._recordings[name, count].replay()
+            work = self._recordings[name, count].replay
+        return self.time(name, count, work)
 
     def time(self, name: str, count: int, work: Callable[[], object]) -> float:
         """Seconds, also kept under (name, count)."""
@@ -81,7 +100,7 @@ class _Stopwatch:
 
     def seconds(self, name: str, count: int, *, beside: tuple[str, int]) -> float:
         """The median, each time taken relative to what `beside` took in the same round."""
-        timed = self._rounds[1:]  # the first round warms up
+        timed = self._rounds[self.num_warm_ups :]
         base = [statistics.median(times[beside]) for times in timed]
         ratios = [statistics.median(times[name, count]) / b for times, b in zip(timed, base, strict=True)]
         return statistics.median(ratios) * statistics.median(base)
@@ -98,7 +117,11 @@ def calibrate(step: SpeculativeStep, *, chunk_size: int = 512) -> Calibration:
     try:
         # What lies there costs the same as a prompt.
         cache.append(to_device(slots, step.backbone.device), prefix)
-        return _Measurement(step, slots, prefix, chunk_size).run()
+        measurement = _Measurement(step, slots, prefix, chunk_size)
+        calibration = measurement.run()
+        if step.buckets is not None:
+            measurement.rehearse(step.buckets.widths)
+        return calibration
     finally:
         for slot in slots:
             cache.release(slot)
@@ -106,8 +129,8 @@ def calibrate(step: SpeculativeStep, *, chunk_size: int = 512) -> Calibration:
 
 def calibrate_drafters(step: SpeculativeStep) -> DraftSeconds | None:
     """Of drafters taken up while streams run, of which nothing is touched. None where no drafter runs a network."""
-    watch, drafts = _Stopwatch(step.backbone.device), _Drafts(step)
-    for _ in range(1 + _ROUNDS):
+    watch, drafts = _Stopwatch(step.backbone.device, _recorder_of(step)), _Drafts(step)
+    for _ in range(watch.num_warm_ups + _ROUNDS):
         watch.begin_round()
         drafts.time(watch)
     return drafts.costly_seconds(watch, beside=("cheap draft", 1))
@@ -118,14 +141,15 @@ class _Drafts:
 
     def __init__(self, step: SpeculativeStep) -> None:
         self._step = step
-        self.batches = sorted({1, min(step.cache.num_slots, _MOST_SEQUENCES)})
+        num_sequences = step.cache.num_slots if step.buckets is None else step.buckets.batches[-1]
+        self.batches = sorted({1, min(num_sequences, _MOST_SEQUENCES)})
         generator = torch.Generator().manual_seed(0)
         self._contexts = {batch: self._context(batch, generator) for batch in self.batches}
 
     def time(self, watch: _Stopwatch) -> None:
         for batch in self.batches:
-            watch.time("cheap draft", batch, partial(self._draft, batch, costly=False))
-            watch.time("draft", batch, partial(self._draft, batch, costly=True))
+            watch.time_on_device("cheap draft", batch, partial(self._draft, batch, costly=False))
+            watch.time_on_device("draft", batch, partial(self._draft, batch, costly=True))
 
     def costly_seconds(self, watch: _Stopwatch, *, beside: tuple[str, int]) -> DraftSeconds | None:
         """What the costly drafters add."""
@@ -171,12 +195,12 @@ class _Measurement:
         self._drafts = _Drafts(step)
         for count in self._drafts.batches:
             self._running.setdefault(count, _running(step, slots[:count], prefix))
-        self._watch = _Stopwatch(step.backbone.device)
+        self._watch = _Stopwatch(step.backbone.device, _recorder_of(step))
 
     def run(self) -> Calibration:
         began = time.perf_counter()
-        for number in range(1 + _ROUNDS):
-            if number > 1 and time.perf_counter() - began > _MAX_SECONDS:
+        for number in range(self._watch.num_warm_ups + _ROUNDS):
+            if number > self._watch.num_warm_ups and time.perf_counter() - began > _MAX_SECONDS:
                 break
             self._watch.begin_round()
             self._round()
@@ -201,17 +225,43 @@ class _Measurement:
             costly_draft=costly,
         )
 
+    def rehearse(self, widths: Sequence[int]) -> None:
+        """Have short prompts, and the steps of one stream, greedy and drawn, recorded before anybody waits for them.
+        widths: of trees."""
+        step, count = self._step, 1
+        for width in PROMPT_WIDTHS:
+            if self._prefix + width <= step.cache.num_positions:
+                for _ in range(2):  # the first time as it is
+                    self._prefill_pass(width, ends=True)
+        config, device = step.backbone.config, step.backbone.device
+        guesses = merge_candidates([self._chains(count)], max_nodes=step.max_nodes, max_depth=step.max_depth)
+        for params in (SamplingParams(), SamplingParams(temperature=1.0)):
+            sampling = SamplingBatch.of([params], vocab_size=config.vocab_size, device=device)
+            batch = replace(self._running[count], sampling=sampling, candidates=guesses)
+            for width in widths:
+                for _ in range(2):
+                    result = step.run(
+                        batch, [width], max_length=self._prefix, rule=AcceptanceRule.LOSSLESS, wanted=Wanted()
+                    )
+                    step.cache.append(batch.slots, -to_device([len(result.tokens[0])], device))
+
     def _round(self) -> None:
         for count in self._batches:
+            if self._is_recorded:
+                self._plain_step(count)  # which leaves the state where the next one looks for it
             for _ in range(3 if count == 1 else 1):
                 self._watch.time("plain", count, partial(self._plain_step, count))
         for count in self._rows:
-            self._watch.time("pass", count, partial(self._tree_pass, self._inputs(count, tree=True)))
+            self._watch.time_on_device("pass", count, partial(self._tree_pass, self._inputs(count)))
         for count in self._prefill_rows:
-            self._watch.time("prefill", count, partial(self._prefill_pass, self._inputs(count, tree=False)))
+            self._watch.time("prefill", count, partial(self._prefill_pass, count))
         for count in self._drafts.batches:
             self._tree_step(count)
         self._drafts.time(self._watch)
+
+    @property
+    def _is_recorded(self) -> bool:
+        return self._watch.recorder is not None
 
     def _seconds(self, name: str, count: int) -> float:
         return self._watch.seconds(name, count, beside=("plain", 1))
@@ -219,8 +269,9 @@ class _Measurement:
     def _plain_step(self, count: int) -> None:
         batch, step = self._running[count], self._step
         plain = Wanted(draft=False)
-        step.run(batch, [1] * count, max_length=self._prefix, rule=AcceptanceRule.LOSSLESS, wanted=plain)
+        result = step.run(batch, [1] * count, max_length=self._prefix, rule=AcceptanceRule.LOSSLESS, wanted=plain)
         step.cache.append(batch.slots, -1)  # back to where it was: the next step is as long
+        self._running[count] = result.batch
 
     def _tree_step(self, count: int) -> None:
         """What trees add to a step beside the rows of the pass: looking guesses up, merging, flattening, walking."""
@@ -231,15 +282,22 @@ class _Measurement:
         plain, cheap = Wanted(draft=False), Wanted(costly=False)
         beside_pass = []
         for running, nodes, wanted in ((batch, 1, plain), (guesses, min(_TREE_NODES, step.max_nodes), cheap)):
-            began = _now(device)
-            result = step.run(
-                running, [nodes] * count, max_length=self._prefix, rule=AcceptanceRule.LOSSLESS, wanted=wanted
-            )
-            beside_pass.append(_now(device) - began - result.seconds.verify)
-            cache.append(batch.slots, -to_device([len(tokens) for tokens in result.tokens], device))
+            for _ in range(2 if self._is_recorded else 1):  # the second finds the state where the first has left it
+                began = _now(device)
+                result = step.run(
+                    running, [nodes] * count, max_length=self._prefix, rule=AcceptanceRule.LOSSLESS, wanted=wanted
+                )
+                seconds = _now(device) - began - result.seconds.verify
+                cache.append(batch.slots, -to_device([len(tokens) for tokens in result.tokens], device))
+                running = result.batch
+            beside_pass.append(seconds)
         merging = self._watch.time("merge", count, partial(self._merge, count))
-        # A GPU does not tell how long its pass took: there it is the merge alone.
-        added = beside_pass[1] - beside_pass[0] + merging if device.type == "cpu" else merging
+        if self._is_recorded and device.type != "cpu":
+            # All of it is in the recording; so few rows more cost the pass nothing.
+            added, merging = beside_pass[1] - beside_pass[0], 0.0
+        else:
+            # A GPU does not tell how long its pass took: there it is the merge alone.
+            added = beside_pass[1] - beside_pass[0] + merging if device.type == "cpu" else merging
         self._watch.keep("tree", count, max(added, merging))
 
     def _merge(self, count: int) -> None:
@@ -256,11 +314,17 @@ class _Measurement:
     def _tree_pass(self, inputs: ForwardInputs) -> None:
         self._step.backbone.forward(inputs, self._step.cache)
 
-    def _prefill_pass(self, inputs: ForwardInputs) -> None:
-        self._step.backbone.forward(inputs, self._step.cache, logits_for=LogitsFor.NONE)
+    def _prefill_pass(self, num_rows: int, *, ends: bool = False) -> None:
+        """A part of a prompt in the first slot, as it is run between steps."""
+        stop = self._prefix + num_rows
+        size = stop if ends else stop + 1
+        # Which tokens they are costs nothing.
+        chunk = PrefillChunk(self._slots[0], (0,) * size, start=self._prefix, stop=stop, prompt_length=size)
+        self._step.run_prompts([chunk])
+        self._step.cache.append(to_device(self._slots[:1], self._step.backbone.device), -num_rows)
 
-    def _inputs(self, num_rows: int, *, tree: bool) -> ForwardInputs:
-        """A chain of rows in the first slot, as a tree to verify or as a part of a prompt."""
+    def _inputs(self, num_rows: int) -> ForwardInputs:
+        """A chain of rows in the first slot, as a tree to verify."""
         device, cache = self._step.backbone.device, self._step.cache
         vocab_size = self._step.backbone.config.vocab_size
         index = torch.arange(num_rows, device=device)[None]
@@ -273,7 +337,7 @@ class _Measurement:
             num_rows=to_device([num_rows], device),
             prompt_lengths=cache.lengths[slots],
             max_positions=min(2 * _PREFIX + num_rows, cache.num_positions),
-            ancestors=ancestor_words(index - 1) if tree else None,
+            ancestors=ancestor_words(index - 1),
         )
 
 
@@ -289,6 +353,10 @@ def _running(step: SpeculativeStep, slots: Sequence[int], length: int) -> Runnin
         counts=None,
         candidates=None,
     )
+
+
+def _recorder_of(step: SpeculativeStep) -> Recorder | None:
+    return step.recorder if isinstance(step, GraphedStep) else None
 
 
 def _rising(seconds: Sequence[float]) -> tuple[float, ...]:

@@ -7,7 +7,7 @@ Letters: B sequences of the batch, R of them that are drafted for, E rows of a s
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -34,6 +34,15 @@ class DraftRows:
     @property
     def are_none(self) -> bool:
         return self.all == ()
+
+
+@dataclass(frozen=True, slots=True)
+class DraftMasks:
+    """The same where every drafter looks at all rows, whoever they are for, so that no shape depends on it: the guesses
+    for the others become padding."""
+
+    all: Tensor  # [B] bool
+    known: Tensor  # [B] bool
 
 
 ALL_ROWS = DraftRows()
@@ -87,7 +96,7 @@ class Drafting:
         self,
         batch: RunningBatch,
         max_length: int,
-        rows: DraftRows,
+        rows: DraftRows | DraftMasks,
         *,
         costly: bool,
         cheap: bool = True,
@@ -99,7 +108,7 @@ class Drafting:
         cheap: by the others where those do not run.
         price: what they must promise, on a CPU.
         """
-        if rows.are_none or not (costly or cheap):
+        if not (costly or cheap) or (isinstance(rows, DraftRows) and rows.are_none):
             return None
         bound = min(round_up(max_length + 1), self.history.shape[1])
         context = DraftContext(
@@ -113,7 +122,7 @@ class Drafting:
         return self.guess(context, rows, costly=costly, price=price)
 
     def guess(
-        self, context: DraftContext, rows: DraftRows = ALL_ROWS, *, costly: bool, price: Price = FREE
+        self, context: DraftContext, rows: DraftRows | DraftMasks = ALL_ROWS, *, costly: bool, price: Price = FREE
     ) -> MergedCandidates | None:
         """What the drafters make of a context, merged."""
         if self.max_nodes == 1:
@@ -121,7 +130,7 @@ class Drafting:
         forests = []
         for drafter in self.drafters:
             chosen = rows.known if any(drafter is other for other in self._remembering) else rows.all
-            if chosen != () and (costly or not drafter.is_costly):
+            if (costly or not drafter.is_costly) and not (isinstance(chosen, tuple) and chosen == ()):
                 forests.append(self._forest(drafter, context, chosen))
         if not forests:
             return None
@@ -130,9 +139,12 @@ class Drafting:
             return None
         return merge_candidates(forests, max_nodes=self.max_nodes, max_depth=self.max_depth)
 
-    def _forest(self, drafter: Drafter, context: DraftContext, rows: Sequence[int] | None) -> CandidateTree:
+    def _forest(self, drafter: Drafter, context: DraftContext, rows: Sequence[int] | Tensor | None) -> CandidateTree:
         if rows is None:
             return drafter.propose(context, self.max_nodes - 1)
+        if isinstance(rows, Tensor):
+            forest = drafter.propose(context, self.max_nodes - 1)
+            return replace(forest, log_probs=forest.log_probs.masked_fill(~rows[:, None], -torch.inf))
         index = to_device(rows, context.root_tokens.device)
         forest = drafter.propose(context.select(index), self.max_nodes - 1)
         return forest.spread(index, context.root_tokens.shape[0])

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 
 from gorgon_engine.events import FinishedEvent, TokenEvent
 from gorgon_engine.logprobs import TokenLogprobs
+from gorgon_engine.outcome import StepResult
 from gorgon_engine.sequence import FinishReason, Sequence
-from gorgon_engine.step import StepResult
 from gorgon_protocol.metrics import Usage
 
 
@@ -80,7 +80,14 @@ def ended_before(sequence: Sequence, capacity: int) -> Ending | None:
     stop = next((token for token in said if token in sequence.stop_token_ids), None)
     if stop is not None:
         return Ending(FinishReason.STOP, stop)
-    return Ending(FinishReason.LENGTH) if _room(sequence, capacity) <= 0 else None
+    return Ending(FinishReason.LENGTH) if tokens_left(sequence, capacity) <= 0 else None
+
+
+def tokens_left(sequence: Sequence, capacity: int) -> int:
+    """Tokens that may still be said. capacity: positions of a slot."""
+    room = capacity - len(sequence.request.prompt) - len(sequence.output)
+    limit = sequence.request.sampling.max_tokens
+    return room if limit is None else min(room, limit - len(sequence.output))
 
 
 def finished_event(sequence: Sequence, ending: Ending) -> FinishedEvent:
@@ -102,20 +109,13 @@ def finished_event(sequence: Sequence, ending: Ending) -> FinishedEvent:
 
 
 def _until_stop(sequence: Sequence, offered: list[int], capacity: int) -> tuple[list[int], Ending | None]:
-    room = _room(sequence, capacity)
+    room = tokens_left(sequence, capacity)
     for place, token in enumerate(offered[:room]):
         if token in sequence.stop_token_ids:
             return offered[: place + 1], Ending(FinishReason.STOP, token)
     if len(offered) >= room:
         return offered[:room], Ending(FinishReason.LENGTH)
     return offered, None
-
-
-def _room(sequence: Sequence, capacity: int) -> int:
-    """Tokens that may still be said."""
-    room = capacity - len(sequence.request.prompt) - len(sequence.output)
-    limit = sequence.request.sampling.max_tokens
-    return room if limit is None else min(room, limit - len(sequence.output))
 
 
 def _logprobs(sequence: Sequence, result: StepResult, row: int, count: int) -> list[TokenLogprobs] | None:

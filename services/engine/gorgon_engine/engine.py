@@ -21,9 +21,12 @@ from gorgon_engine.detokenizer import IncrementalDetokenizer
 from gorgon_engine.drafters.base import Drafter
 from gorgon_engine.drafters.select import DrafterKind, HeadsTree
 from gorgon_engine.events import Event, FailedEvent, FinishedEvent, TokenEvent
+from gorgon_engine.graphs import GraphedStep, GraphStats, num_slots_with_graphs
 from gorgon_engine.kv_cache import KVCache
+from gorgon_engine.memory_plan import EngineShape, check_engine_fits, free_bytes
 from gorgon_engine.models.catalog import resolve_model
 from gorgon_engine.prepared import DrafterMaker, HeadsDescription, PreparedHeads
+from gorgon_engine.recording import CudaRecorder, Recorder
 from gorgon_engine.sampling import SamplingParams
 from gorgon_engine.scheduler import Scheduler, SchedulerLimits
 from gorgon_engine.sequence import Request, Sequence, SpeculationParams
@@ -56,6 +59,8 @@ class EngineConfig:
     chunk_size: int = 512  # positions of prompts that one pass runs while nothing is decoding
     max_waiting: int = 64  # requests beside those for which a slot is free
     max_stall_steps: float = 2.0  # plain steps that a part of a prompt may take while others are decoding
+    graphs: bool = True  # on a GPU: steps are recorded, and launched as one
+    run_ahead: bool = True  # with graphs: launch a step before the last one is read
 
     def __post_init__(self) -> None:
         for name, low, high in (
@@ -85,7 +90,7 @@ class LoadedParts:
 def load_parts(config: EngineConfig) -> LoadedParts:
     """Read the model, choose kernels, make drafters. Raises `GorgonError` subclasses."""
     folder = resolve_model(config.model)
-    backbone, notices = load_backbone(folder, config.backbone)
+    backbone, notices = load_backbone(folder, config.backbone, max_depth=config.max_depth)
     prepared = _maker(config, backbone, folder).first(config.heads)
     return LoadedParts(
         backbone=backbone,
@@ -112,8 +117,10 @@ class Engine:
         config: EngineConfig,
         notices: Iterable[str] = (),
         heads: HeadsDescription | None = None,
+        recorder: Recorder | None = None,
     ) -> None:
-        """heads: what the drafters draft with, for `heads` to tell."""
+        """heads: what the drafters draft with, for `heads` to tell. recorder: of steps; None: CUDA graphs on a GPU
+        unless the configuration says otherwise, nothing elsewhere."""
         shape = backbone.config
         context = config.context or min(shape.max_positions, _DEFAULT_CONTEXT)
         if context > shape.max_positions:
@@ -124,9 +131,13 @@ class Engine:
         self.notices = tuple(notices)
         self.context = context
         self.heads = heads
+        if recorder is None and config.graphs and backbone.device.type == "cuda":
+            recorder = CudaRecorder(backbone.device)
+        if backbone.device.type == "cuda":
+            _check_memory(backbone, config, context, graphs=recorder is not None)
         cache = KVCache(
             num_layers=shape.num_layers,
-            num_slots=config.num_slots,
+            num_slots=config.num_slots if recorder is None else num_slots_with_graphs(config.num_slots),
             num_kv_heads=shape.num_kv_heads,
             head_dim=shape.head_dim,
             capacity=context,
@@ -134,9 +145,7 @@ class Engine:
             dtype=backbone.cache_dtype,
             device=backbone.device,
         )
-        self._step = SpeculativeStep(
-            backbone, cache, tuple(drafters), max_nodes=config.max_nodes, max_depth=config.max_depth
-        )
+        self._step = _make_step(config, backbone, cache, tuple(drafters), recorder)
         self.calibration: Calibration | None = None
         if config.adaptive:
             self.calibration = calibrate(self._step, chunk_size=config.chunk_size)
@@ -189,6 +198,11 @@ class Engine:
     def kv_cache_usage(self) -> float:
         """Share of the cache's positions in use, 0 to 1."""
         return min(self._scheduler.num_committed / (self.num_slots * self.context), 1.0)
+
+    @property
+    def graph_stats(self) -> GraphStats | None:
+        """How many steps ran as graphs, and why others did not; None where there are no graphs."""
+        return self._step.stats if isinstance(self._step, GraphedStep) else None
 
     def plain_tokens_per_second(self, batch_size: int) -> float | None:
         """Plain decoding of each of so many streams, as calibrated; None for an engine that was not."""
@@ -336,6 +350,30 @@ class Engine:
 
 def _maker(config: EngineConfig, backbone: Backbone, folder: Path) -> DrafterMaker:
     return DrafterMaker(backbone, folder, kind=config.drafter, tree=config.heads_tree, draw=config.draw_drafts)
+
+
+def _check_memory(backbone: Backbone, config: EngineConfig, context: int, *, graphs: bool) -> None:
+    """Raises `BadRequestError` where an engine does not fit on the GPU beside the weights."""
+    shape = EngineShape(
+        config=backbone.config,
+        num_slots=config.num_slots,
+        context=context,
+        max_scratch=MAX_NODES,
+        max_nodes=config.max_nodes,
+        chunk_size=config.chunk_size,
+        element_size=backbone.cache_dtype.itemsize,
+        graphs=graphs,
+    )
+    check_engine_fits(shape, free_bytes(backbone.device))
+
+
+def _make_step(
+    config: EngineConfig, backbone: Backbone, cache: KVCache, drafters: tuple[Drafter, ...], recorder: Recorder | None
+) -> SpeculativeStep:
+    limits = {"max_nodes": config.max_nodes, "max_depth": config.max_depth}
+    if recorder is None:
+        return SpeculativeStep(backbone, cache, drafters, **limits)
+    return GraphedStep(backbone, cache, drafters, **limits, recorder=recorder, runs_ahead=config.run_ahead)
 
 
 def _budget(config: EngineConfig, calibration: Calibration | None) -> TreeBudget:

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from gorgon_engine.logprobs import TokenLogprobs
+from gorgon_engine.outcome import StepSeconds, TreeTrace
 from gorgon_engine.sequence import FinishReason
-from gorgon_engine.step import StepSeconds, TreeTrace
 from gorgon_protocol.errors import GorgonError
 from gorgon_protocol.metrics import SpeculativeDecodingMetrics, Usage
 

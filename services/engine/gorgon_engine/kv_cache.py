@@ -5,10 +5,21 @@ the cache: the branch's rows move down to the positions that their depths name, 
 next step. Only this class moves the lengths.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from gorgon_engine.kernels import dispatch
 from gorgon_protocol.errors import CapacityError
+
+
+@dataclass(frozen=True, slots=True)
+class NextRoots:
+    """What the next step starts from."""
+
+    tokens: Tensor  # [B] int64: emitted, not yet in the cache
+    hidden: Tensor  # [B, C]: the hidden states that predicted them
 
 
 class KVCache:
@@ -63,6 +74,10 @@ class KVCache:
         self.lengths[slot] = 0
         return slot
 
+    def empty(self, slot: int) -> None:
+        """Forget what is committed in a slot, in the device's order."""
+        self.lengths[slot].zero_()
+
     def release(self, slot: int) -> None:
         assert slot not in self._free, f"slot {slot} released twice"
         self._free.append(slot)
@@ -84,9 +99,16 @@ class KVCache:
 
         slots: [B]; path: [B, E] node indices along the branch, root first, `path[b, d] >= d`; entries past
         `num_committed[b]` may be anything in range. num_committed: [B] nodes to keep, root included.
-        Static-shaped on a GPU: all E rows are moved, those past `num_committed` land in scratch and are overwritten.
+        Static-shaped on a GPU: one launch, or without Triton all E rows are moved, those past `num_committed` into
+        scratch, to be overwritten.
         """
         lengths = self.lengths[slots]  # [B]
+        if dispatch.uses_triton(path):
+            from gorgon_engine.kernels.triton.kv_commit import kv_commit
+
+            where = {"slots": slots, "starts": lengths, "path": path, "num_committed": num_committed}
+            kv_commit(self.keys, self.values, self.lengths, **where)
+            return
         depth = torch.arange(path.shape[1], device=path.device)
         source = lengths[:, None] + path  # [B, E]
         target = lengths[:, None] + depth  # [B, E]
@@ -97,6 +119,29 @@ class KVCache:
         else:
             self._move(slots[:, None], source, target)
         self.lengths[slots] = lengths + num_committed
+
+    def commit_step(
+        self, slots: Tensor, path: Tensor, num_committed: Tensor, *, tokens: Tensor, history: Tensor, hidden: Tensor
+    ) -> NextRoots:
+        """`commit`, and what goes with it: the history gets the emitted tokens, the last of them is the next root.
+
+        tokens: [B, E] int64, entries past `num_committed` in range; history: [S, P + 1] int64, changed in place: a
+        root stands where its row of the cache will be; hidden: [B, N, C] of the nodes. One launch on a GPU.
+        """
+        lengths = self.lengths[slots]  # [B]
+        if dispatch.uses_triton(path):
+            from gorgon_engine.kernels.triton.kv_commit import kv_commit_step
+
+            after = kv_commit_step(
+                self.keys, self.values, self.lengths, slots=slots, starts=lengths, path=path,
+                num_committed=num_committed, tokens=tokens, history=history, hidden=hidden,
+            )  # fmt: skip
+            return NextRoots(after.root_tokens, after.hidden)
+        self.commit(slots, path, num_committed)
+        places = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
+        history[slots[:, None], lengths[:, None] + places] = tokens
+        rows, last = torch.arange(slots.shape[0], device=slots.device), num_committed - 1
+        return NextRoots(tokens[rows, last], hidden[rows, path[rows, last]])
 
     def _move(self, slots: Tensor, source: Tensor, target: Tensor) -> None:
         if slots.numel() == 0:

@@ -5,6 +5,10 @@
 A step of the engine is one decoding step of everything that runs, then one bounded portion of the prompts that are in
 their slots already, so that a long prompt never holds up the others for long. Only this module changes a sequence's
 status, and every sequence that was submitted ends with exactly one terminal event.
+
+Where that gains anything the device is kept busy: a step is launched before the one before it is read, its trees sized
+by what is known then. A sequence that turns out to have ended has one step too many behind it, of which nothing is
+read: whoever gets its slot begins at position 0, behind that step in the device's order.
 """
 
 import logging
@@ -14,16 +18,26 @@ from dataclasses import dataclass
 from gorgon_engine.acceptance import AcceptanceRule
 from gorgon_engine.batch import RunningBatch
 from gorgon_engine.budget import CostlyDrafting, TreeBudget
-from gorgon_engine.emission import CANCELLED, Ending, emit, ended_before, finished_event
+from gorgon_engine.emission import CANCELLED, Ending, emit, ended_before, finished_event, tokens_left
 from gorgon_engine.events import Event, FailedEvent, StatusEvent
+from gorgon_engine.outcome import LaunchedStep, StepResult
 from gorgon_engine.planning import begin_sampling, plan_chunks, wanted_of
 from gorgon_engine.queue import FairQueue
 from gorgon_engine.sampling import SamplingParams
 from gorgon_engine.sequence import Sequence, Status
-from gorgon_engine.step import SpeculativeStep, StepResult
+from gorgon_engine.step import SpeculativeStep
 from gorgon_protocol.errors import BadRequestError, DeadlineError, GorgonError, QueueFullError
 
 _logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Flight:
+    """A step that was launched and not read yet."""
+
+    sequences: list[Sequence]  # in it; some may have ended since
+    step: LaunchedStep
+    batch_size: int  # of all groups
 
 
 @dataclass(slots=True)
@@ -31,7 +45,8 @@ class _Group:
     """Running sequences that share a pass: those of one acceptance rule."""
 
     sequences: list[Sequence]
-    batch: RunningBatch
+    batch: RunningBatch  # behind the flight
+    flight: _Flight | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,31 +179,54 @@ class Scheduler:
             self._prefilling.append(sequence)
 
     def _advance(self, group: _Group, batch_size: int, events: list[Event]) -> None:
-        """One step of a group."""
-        sequences = list(group.sequences)
+        """One decoding step of a group."""
+        sequences, flight = list(group.sequences), group.flight
+        group.flight = None  # if anything breaks, nobody waits for it
         try:
-            result = self._step.run(
-                group.batch,
-                self._budget.choose(sequences),
-                max_length=max(s.committed_length for s in sequences),
-                rule=_rule_of(sequences[0]),
-                wanted=wanted_of(
-                    sequences,
-                    self._drafters_epoch,
-                    costly=self._budget.wants_costly(len(sequences)),
-                    cheap=self._budget.wants_cheap(len(sequences)),
-                    price=self._budget.price(len(sequences)),
-                ),
-            )
-            self._budget.observe(sequences, result)
-            group.batch = result.batch
-            self._emit(sequences, result, batch_size, events)
+            if flight is None or self._may_overtake(group, flight):
+                group.flight = self._launch(group, flight, batch_size)
+                if not self._step.runs_ahead:
+                    flight, group.flight = group.flight, None
+            if flight is not None:
+                self._land(flight, events)
         except Exception as error:  # whatever breaks here must end these sequences, and no others
             self._fail_all(sequences, error, events)
         except BaseException:
             self._give_up(sequences)
             raise
         self._retire()
+
+    def _launch(self, group: _Group, flight: _Flight | None, batch_size: int) -> _Flight:
+        """The next step of a group, behind what is in flight."""
+        sequences, step = list(group.sequences), self._step
+        launched = step.launch(
+            group.batch,
+            self._budget.choose(sequences, step.buckets),
+            max_length=_longest(sequences, flight),
+            rule=_rule_of(sequences[0]),
+            wanted=wanted_of(
+                sequences,
+                self._drafters_epoch,
+                costly=self._budget.wants_costly(len(sequences)),
+                cheap=self._budget.wants_cheap(len(sequences)),
+                price=self._budget.price(len(sequences)),
+            ),
+        )
+        group.batch = launched.batch
+        return _Flight(sequences, launched, batch_size)
+
+    def _land(self, flight: _Flight, events: list[Event]) -> None:
+        result = flight.step.read()
+        self._budget.observe(flight.sequences, result)
+        self._emit(flight.sequences, result, flight.batch_size, events)
+
+    def _may_overtake(self, group: _Group, flight: _Flight) -> bool:
+        """Whether a step can be launched before the flight is read: there is room for both behind what is known, and
+        somebody will surely need it."""
+        cache, step = self._step.cache, self._step
+        if _longest(group.sequences, flight) + step.max_nodes + step.max_depth + 1 > cache.num_positions:
+            return False
+        return any(tokens_left(s, cache.capacity) > 1 for s in group.sequences)
 
     def _prefill(self, events: list[Event]) -> None:
         """One portion of the prompts that are in their slots."""
@@ -241,6 +279,8 @@ class Scheduler:
     def _emit(self, sequences: list[Sequence], result: StepResult, batch_size: int, events: list[Event]) -> None:
         rate = self._budget.plain_tokens_per_second(batch_size)
         for row, sequence in enumerate(sequences):
+            if sequence.status is Status.FINISHED:  # while the step was in flight
+                continue
             sequence.path_probs = result.path_probs[row]
             emitted = emit(
                 sequence,
@@ -317,6 +357,11 @@ def _rule_of(sequence: Sequence) -> AcceptanceRule:
     """Without guesses all rules are one."""
     speculation = sequence.request.speculation
     return speculation.acceptance if speculation.may_draft else AcceptanceRule.LOSSLESS
+
+
+def _longest(sequences: list[Sequence], flight: _Flight | None) -> int:
+    """An upper bound of the committed lengths, behind what is in flight."""
+    return max(s.committed_length for s in sequences) + (0 if flight is None else flight.step.max_tokens)
 
 
 def _params(sequences: list[Sequence]) -> list[SamplingParams]:

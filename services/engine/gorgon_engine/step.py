@@ -2,14 +2,13 @@
 
 It is draft -> verify -> accept -> commit turned by one verb: the draft of the *next* tree closes the step, so that the
 single device-to-host read at the end brings back the emitted tokens together with what the host needs to size the next
-tree. Between that read and the next nothing branches on device values, and every shape is fixed by (batch, width):
-on a GPU the four verbs can be captured whole in a CUDA graph.
+tree. Between that read and the next nothing branches on device values, and every shape is fixed by (batch, width, bound
+of the lengths): on a GPU the four verbs, `SpeculativeStep.advance`, are captured whole in a CUDA graph (`graphs.py`).
 """
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,16 +16,15 @@ from torch import Tensor
 from gorgon_engine.acceptance import Acceptance, AcceptanceRule, accept
 from gorgon_engine.backbone.base import Backbone, ForwardInputs, ForwardOutput, LogitsFor, RowLogits
 from gorgon_engine.batch import RunningBatch
+from gorgon_engine.buckets import Buckets
 from gorgon_engine.drafters.base import Committed, Drafter
-from gorgon_engine.drafting import ALL_ROWS, Drafting, DraftRows, round_up, select_rows
+from gorgon_engine.drafting import ALL_ROWS, Drafting, DraftMasks, DraftRows, round_up, select_rows
 from gorgon_engine.kv_cache import KVCache
-from gorgon_engine.logprobs import TokenLogprobs, gather_logprobs, token_logprobs
+from gorgon_engine.outcome import Advanced, LaunchedStep, StepResult, StepSeconds, figures_of, launched
 from gorgon_engine.sampling import SamplingBatch, TokenCounts, process_logits, sample
-from gorgon_engine.transfer import read_back, to_device
+from gorgon_engine.transfer import to_device
 from gorgon_engine.tree.cost_model import FREE, Price
 from gorgon_engine.tree.tree import TreeBatch, flatten
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +39,12 @@ class Wanted:
     costly: bool = True  # drafted by the drafters that run a network too
     cheap: bool = True  # drafted by those that look guesses up; they always run where the costly ones do
     price: Price = FREE  # of the next tree: what promises less is not put together
-    rows: DraftRows = ALL_ROWS  # drafted for
+    rows: DraftRows | DraftMasks = ALL_ROWS  # drafted for
+
+    @property
+    def drafts(self) -> bool:
+        """Whether a next tree is looked for at all."""
+        return self.draft and (self.cheap or self.costly)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,47 +63,12 @@ class PrefillChunk:
         return self.stop == len(self.tokens)
 
 
-@dataclass(frozen=True, slots=True)
-class StepSeconds:
-    """Wall-clock time of each verb, measured on a CPU; zero on a GPU, where measuring would mean synchronising."""
-
-    draft: float = 0.0
-    verify: float = 0.0
-    accept: float = 0.0
-    commit: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class TreeTrace:
-    """One sequence's verified tree as the host sees it, the root left out: what the page draws."""
-
-    tokens: list[int]
-    parents: list[int]  # index into the lists, -1 = child of the root
-    depths: list[int]
-    probabilities: list[float]  # of the whole path, by the drafters' estimate
-    ranks: list[int]
-    sources: list[str]
-    accepted: list[bool]
-
-
-@dataclass(frozen=True, slots=True)
-class StepResult:
-    """What the host learns from one step, an entry a sequence of the batch."""
-
-    batch: RunningBatch  # the state after the step
-    tokens: list[list[int]]  # emitted: accepted drafts in path order, then the bonus token
-    num_drafted: list[int]  # nodes verified, the root not counted
-    path_probs: list[list[float]]  # of the next tree's candidates, descending
-    logprobs: list[list[TokenLogprobs] | None] | None
-    traces: list[TreeTrace | None] | None
-    seconds: StepSeconds
-    drafted: bool = False  # a next tree was looked for,
-    drafted_costly: bool = False  # and by the drafters that run a network too
-
-
 class SpeculativeStep:
     """The verbs of a step over one backbone, one cache and one set of drafters. No per-sequence state but the history
     of tokens and what drafters remember, which lie beside the KV cache and are indexed like it."""
+
+    buckets: Buckets | None = None  # sizes that a step is rounded up to; None: every size is run as it is
+    runs_ahead: bool = False  # whether launching a step before the last one is read gains anything
 
     def __init__(
         self, backbone: Backbone, cache: KVCache, drafters: Iterable[Drafter], *, max_nodes: int, max_depth: int
@@ -131,9 +99,29 @@ class SpeculativeStep:
         num_nodes: rows to verify for each sequence, root included. max_length: the host's upper bound of the
         sequences' committed lengths.
         """
-        clock = _Clock(batch.slots.device)
+        return self.launch(batch, num_nodes, max_length=max_length, rule=rule, wanted=wanted).read()
+
+    @torch.inference_mode()
+    def launch(
+        self,
+        batch: RunningBatch,
+        num_nodes: Sequence[int],
+        *,
+        max_length: int,
+        rule: AcceptanceRule,
+        wanted: Wanted,
+    ) -> LaunchedStep:
+        """As `run`, without waiting for what it gives."""
         rows = to_device(num_nodes, batch.slots.device)
-        tree = flatten(batch.root_tokens, batch.candidates, rows, max(num_nodes))
+        advanced = self.advance(batch, rows, max(num_nodes), max_length=max_length, rule=rule, wanted=wanted)
+        return launched(advanced, wanted)
+
+    def advance(
+        self, batch: RunningBatch, rows: Tensor, width: int, *, max_length: int, rule: AcceptanceRule, wanted: Wanted
+    ) -> Advanced:
+        """The device part: tensors in, tensors out. rows: [B] as `num_nodes` of `run`, none above `width`."""
+        clock = _Clock(batch.slots.device)
+        tree = flatten(batch.root_tokens, batch.candidates, rows, width)
         verified = self.verify(batch, tree, max_length)
         verify_seconds = clock.lap()
         accepted = self.accept(batch, tree, verified, rule)
@@ -144,7 +132,8 @@ class SpeculativeStep:
             self.observe(batch, verified, accepted, wanted.rows)
         after = self.draft(after, max_length + accepted.tokens.shape[1], wanted)
         seconds = StepSeconds(clock.lap(), verify_seconds, accept_seconds, commit_seconds)
-        return _read(after, tree, accepted, verified.row_logits, wanted, seconds)
+        figures = figures_of(after, tree, accepted, verified.row_logits, wanted)
+        return Advanced(after, figures, tree.source_names, seconds)
 
     @torch.inference_mode()
     def prefill(
@@ -178,7 +167,8 @@ class SpeculativeStep:
         first = Acceptance(path=root.depths, tokens=root.tokens, num_committed=ones)
         logits = RowLogits.of(torch.cat([outputs[place].logits for place in ended]))
         drafted = self.draft(batch, max(len(chunks[place].tokens) for place in ended), wanted)
-        return _read(drafted, root, first, logits, wanted, StepSeconds())
+        figures = figures_of(drafted, root, first, logits, wanted)
+        return launched(Advanced(drafted, figures, root.source_names, StepSeconds()), wanted).read()
 
     def _run_chunks(self, chunks: Sequence[PrefillChunk]) -> list[ForwardOutput]:
         """What the backbone makes of each chunk: hidden states [1, n, C], and logits [1, 1, V] where it is a last."""
@@ -201,26 +191,33 @@ class SpeculativeStep:
     def _forward(self, chunks: Sequence[PrefillChunk]) -> ForwardOutput:
         """Hidden states [B, N, C] of the chunks' positions and, where a prompt ends, logits [B, 1, V] of the last."""
         device = self.backbone.device
+        for chunk in chunks:
+            if chunk.start == 0:
+                self.drafting.history[chunk.slot, : len(chunk.tokens)] = to_device(chunk.tokens, device)
+        return self.run_prompts(chunks)
+
+    @torch.inference_mode()
+    def run_prompts(self, chunks: Sequence[PrefillChunk]) -> ForwardOutput:
+        """One pass of the backbone over the next parts of some prompts: as `_forward`, and nothing else is told."""
+        device = self.backbone.device
         sizes = [chunk.stop - chunk.start for chunk in chunks]
         width = max(sizes)
         padded = [(*chunk.tokens[chunk.start : chunk.stop], *[0] * (width - size))
                   for chunk, size in zip(chunks, sizes, strict=True)]  # fmt: skip
-        for chunk in chunks:
-            if chunk.start == 0:
-                self.drafting.history[chunk.slot, : len(chunk.tokens)] = to_device(chunk.tokens, device)
-        slots, num_rows = to_device([chunk.slot for chunk in chunks], device), to_device(sizes, device)
         inputs = ForwardInputs(
             tokens=to_device([token for row in padded for token in row], device).view(len(chunks), width),
             depths=torch.arange(width, device=device).expand(len(chunks), -1),
-            slots=slots,
+            slots=to_device([chunk.slot for chunk in chunks], device),
             lengths=to_device([chunk.start for chunk in chunks], device),
-            num_rows=num_rows,
+            num_rows=to_device(sizes, device),
             prompt_lengths=to_device([chunk.prompt_length for chunk in chunks], device),
             max_positions=max(chunk.start for chunk in chunks) + width,
         )
-        ends = any(chunk.is_last for chunk in chunks)
+        return self._pass_over(inputs, ends=any(chunk.is_last for chunk in chunks))
+
+    def _pass_over(self, inputs: ForwardInputs, *, ends: bool) -> ForwardOutput:
         output = self.backbone.forward(inputs, self.cache, logits_for=LogitsFor.LAST if ends else LogitsFor.NONE)
-        self.cache.append(slots, num_rows)
+        self.cache.append(inputs.slots, inputs.num_rows)
         return output
 
     def _first_tokens(
@@ -290,23 +287,27 @@ class SpeculativeStep:
 
     def commit(self, batch: RunningBatch, verified: ForwardOutput, accepted: Acceptance) -> RunningBatch:
         """Slice the cache to the accepted branch; the bonus token becomes the next root."""
-        rows = torch.arange(batch.slots.shape[0], device=batch.slots.device)
-        lengths = self.cache.lengths[batch.slots]
-        self.cache.commit(batch.slots, accepted.path, accepted.num_committed)
-        places = torch.arange(1, accepted.tokens.shape[1] + 1, device=lengths.device)
-        self.drafting.history[batch.slots[:, None], lengths[:, None] + places] = accepted.tokens
-        last = accepted.num_committed - 1
-        return replace(
-            batch,
-            root_tokens=accepted.tokens[rows, last],
-            hidden=verified.hidden[rows, accepted.path[rows, last]],
+        roots = self.cache.commit_step(
+            batch.slots,
+            accepted.path,
+            accepted.num_committed,
+            tokens=accepted.tokens,
+            history=self.drafting.history,
+            hidden=verified.hidden,
         )
+        return replace(batch, root_tokens=roots.tokens, hidden=roots.hidden)
 
     def observe(
-        self, batch: RunningBatch, verified: ForwardOutput, accepted: Acceptance, chosen: DraftRows = ALL_ROWS
+        self,
+        batch: RunningBatch,
+        verified: ForwardOutput,
+        accepted: Acceptance,
+        chosen: DraftRows | DraftMasks = ALL_ROWS,
     ) -> None:
-        """Tell the drafters that remember what was committed of the sequences that they know. batch: its slots."""
-        if not self.drafting.is_remembering or chosen.known == ():
+        """Tell the drafters that remember what was committed of the sequences that they know; masks leave nobody out.
+        batch: its slots."""
+        known = None if isinstance(chosen, DraftMasks) else chosen.known
+        if not self.drafting.is_remembering or known == ():
             return
         rows = torch.arange(batch.slots.shape[0], device=batch.slots.device)[:, None]
         committed = Committed(
@@ -316,7 +317,7 @@ class SpeculativeStep:
             next_tokens=accepted.tokens,
             counts=accepted.num_committed,
         )
-        self.drafting.observe(select_rows(committed, chosen.known))
+        self.drafting.observe(select_rows(committed, known))
 
     def draft(self, batch: RunningBatch, max_length: int, wanted: Wanted | None = None) -> RunningBatch:
         """Guess continuations of the roots, best first. max_length: the host's bound of the committed lengths."""
@@ -327,74 +328,6 @@ class SpeculativeStep:
                 batch, max_length, wanted.rows, costly=wanted.costly, cheap=wanted.cheap, price=wanted.price
             )
         return replace(batch, candidates=candidates)
-
-
-def _read(
-    after: RunningBatch, tree: TreeBatch, accepted: Acceptance, logits: RowLogits, wanted: Wanted, seconds: StepSeconds
-) -> StepResult:
-    """The step's only device-to-host transfer."""
-    tensors = {
-        "tokens": accepted.tokens,
-        "num_committed": accepted.num_committed,
-        "num_nodes": tree.num_nodes,
-    }
-    if after.candidates is not None:
-        tensors["path_probs"] = after.candidates.path_probs()
-    if wanted.trace:
-        for name in ("parents", "depths", "log_probs", "ranks", "sources"):
-            tensors[name] = getattr(tree, name)
-        tensors["node_tokens"], tensors["path"] = tree.tokens, accepted.path
-    if wanted.num_logprobs is not None:
-        chosen = None if wanted.logprob_rows is None else to_device(wanted.logprob_rows, logits.flat.device)
-        tensors |= gather_logprobs(logits, accepted, wanted.num_logprobs, chosen)
-    read = read_back(tensors)
-    num_committed = [int(n) for n in read["num_committed"]]
-    tokens = [[int(t) for t in row[:n]] for row, n in zip(read["tokens"].tolist(), num_committed, strict=True)]
-    rows = range(len(tokens))
-    return StepResult(
-        batch=after,
-        tokens=tokens,
-        num_drafted=[int(n) - 1 for n in read["num_nodes"]],
-        path_probs=_without_padding(read["path_probs"]) if "path_probs" in read else [[] for _ in rows],
-        logprobs=_of_rows(wanted.logprob_rows, rows, lambda row: token_logprobs(read, row, tokens[row]))
-        if wanted.num_logprobs is not None
-        else None,
-        traces=_of_rows(wanted.trace_rows, rows, lambda row: _trace(read, row, tree.source_names, num_committed[row]))
-        if wanted.trace
-        else None,
-        seconds=seconds,
-        drafted=wanted.draft and (wanted.cheap or wanted.costly),
-        drafted_costly=wanted.draft and wanted.costly,
-    )
-
-
-def _without_padding(path_probs: Tensor) -> list[list[float]]:
-    """path_probs: [B, M], descending, 0 behind each sequence's last candidate."""
-    counts = (path_probs > 0.0).sum(dim=1).tolist()
-    return [row[:count] for row, count in zip(path_probs.tolist(), counts, strict=True)]
-
-
-def _of_rows(chosen: tuple[int, ...] | None, rows: range, make: Callable[[int], T]) -> list[T | None]:
-    """What each of the chosen rows wants; None for the others."""
-    return [make(row) if chosen is None or row in chosen else None for row in rows]
-
-
-def _trace(read: dict[str, Tensor], row: int, source_names: tuple[str, ...], num_committed: int) -> TreeTrace:
-    stop = int(read["num_nodes"][row])
-    kept = {int(node) for node in read["path"][row, :num_committed]}
-
-    def column(name: str) -> list[int]:
-        return [int(v) for v in read[name][row, 1:stop]]
-
-    return TreeTrace(
-        tokens=column("node_tokens"),
-        parents=[p - 1 for p in column("parents")],
-        depths=column("depths"),
-        probabilities=read["log_probs"][row, 1:stop].exp().tolist(),
-        ranks=column("ranks"),
-        sources=[source_names[s] for s in column("sources")],
-        accepted=[node in kept for node in range(1, stop)],
-    )
 
 
 class _Clock:

@@ -259,6 +259,13 @@ def test_a_failed_load_says_why(serve: Any) -> None:
         assert "fetch it" in error(running.client.post("/generate", json=BODY), 503, "unavailable")
 
 
+def test_kernels_that_cannot_be_used_are_one_line(serve: Any) -> None:
+    with serve(kernels="triton", device="cpu") as running:
+        running.wait_for(lambda: running.service.has_failed.is_set())
+        message = running.client.get("/ready").json()["message"]
+        assert message == "the Triton kernels cannot be used: they need a GPU, and the device is cpu"
+
+
 def test_why_a_load_failed_is_told_to_those_with_the_secret_alone(serve: Any) -> None:
     def load(settings: EngineSettings, progress: LoadProgress) -> Engine:
         raise ModelNotFoundError("/home/me/models: no such model")

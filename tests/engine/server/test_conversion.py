@@ -9,6 +9,7 @@ from gorgon_engine.acceptance import AcceptanceRule
 from gorgon_engine.engine import Engine, EngineConfig
 from gorgon_engine.events import FinishedEvent, StatusEvent, TokenEvent
 from gorgon_engine.logprobs import TokenLogprobs
+from gorgon_engine.outcome import StepSeconds, TreeTrace
 from gorgon_engine.sampling import SamplingParams
 from gorgon_engine.sequence import FinishReason, SpeculationParams
 from gorgon_engine.server.conversion import (
@@ -21,7 +22,6 @@ from gorgon_engine.server.conversion import (
     terminal_line,
     to_engine_request,
 )
-from gorgon_engine.step import StepSeconds, TreeTrace
 from gorgon_protocol.errors import BadRequestError, ContextLengthError, QueueFullError
 from gorgon_protocol.messages import (
     MESSAGE,

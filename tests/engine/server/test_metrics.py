@@ -5,9 +5,15 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from gorgon_engine.engine import Engine, load_parts
 from gorgon_engine.events import TokenEvent
+from gorgon_engine.graphs import GraphStats
+from gorgon_engine.outcome import StepSeconds
+from gorgon_engine.recording import RepeatingRecorder
+from gorgon_engine.server.loader import engine_config
 from gorgon_engine.server.metrics import EngineMetrics, StepTally
-from gorgon_engine.step import StepSeconds
+from gorgon_engine.server.settings import EngineSettings
+from gorgon_engine.server.worker import LoadProgress
 from gorgon_protocol.messages import MESSAGE, FinishedMessage
 
 NAMES = {
@@ -130,6 +136,67 @@ def test_a_step_counts_each_depth_that_was_reached(metrics: EngineMetrics) -> No
     assert found['decode_steps_total{kind="plain"}'] == 1
     assert found['step_seconds_total{verb="commit"}'] == 0.4, "the pass that all shared, once"
     assert (found["num_requests_running"], found["num_requests_waiting"], found["kv_cache_usage_perc"]) == (2, 3, 0.25)
+
+
+def recorded(settings: EngineSettings, progress: LoadProgress) -> Engine:
+    """An engine that launches steps as recordings, as one on a GPU does."""
+    config = engine_config(settings)
+    parts = load_parts(config)
+    return Engine(
+        backbone=parts.backbone,
+        tokenizer=parts.tokenizer,
+        drafters=parts.drafters,
+        config=config,
+        recorder=RepeatingRecorder(),
+    )
+
+
+def test_it_is_told_how_steps_are_launched(serve: Any) -> None:
+    body = {"prompt": "the cat sat on the mat, the cat", "seed": 1, "ignore_eos": True, "max_tokens": 24}
+    with serve(recorded, num_slots=2) as running:
+        running.wait_until_ready()
+        engine = running.service.engine
+        assert running.info()["kernels"] == f"{engine.backbone.kernels} in graphs"
+        for number, fields in enumerate(({}, {}, {"repetition_penalty": 1.3})):
+            answer = running.client.post("/generate", json=body | {"request_id": f"r{number}"} | fields)
+            assert isinstance(MESSAGE.validate_json(answer.text.splitlines()[-1]), FinishedMessage)
+            running.wait_for(lambda: not engine.has_work)
+            found = samples(running.client.get("/metrics").text)
+        assert found == samples(running.client.get("/metrics").text), "what was counted is counted once"
+    stats = engine.graph_stats
+    assert found['graph_steps_total{kind="replayed"}'] == stats.num_replayed > 0
+    assert found['graph_steps_total{kind="first_run"}'] == stats.num_first_runs > 0
+    assert found['graph_steps_total{kind="eager"}'] == sum(stats.num_eager.values())
+    assert found['graph_eager_steps_total{reason="penalties"}'] == stats.num_eager["penalties"] >= 20
+    assert found["num_graphs"] == stats.num_graphs > 0
+    assert found["graph_capture_seconds_total"] == pytest.approx(stats.capture_seconds)
+    assert any(name.startswith("engine_info{") and 'graphs="yes"' in name for name in found)
+
+
+def test_without_graphs_nothing_is_told_of_them(running: Any) -> None:
+    assert running.info()["kernels"] == running.service.engine.backbone.kernels
+    found = samples(running.client.get("/metrics").text)
+    assert {value for name, value in found.items() if name.startswith("graph_steps_total")} == {0}
+    assert not any(name.startswith("graph_eager_steps_total") for name in found)
+    assert any(name.startswith("engine_info{") and 'graphs="no"' in name for name in found)
+
+
+def test_what_the_engine_counts_is_read_where_the_metrics_are() -> None:
+    stats = GraphStats()
+    metrics = EngineMetrics(
+        num_running=lambda: 0.0, num_waiting=lambda: 0.0, kv_cache_usage=lambda: 0.0, is_ready=lambda: 1.0,
+        graph_stats=lambda: stats,
+    )  # fmt: skip
+    for replayed in (5, 12):
+        stats.num_replayed = replayed
+        stats.capture_seconds += 0.5
+        stats.num_graphs = 20 - replayed
+        stats.eager("penalties")
+        found = samples(metrics.render().decode())
+        assert found['graph_steps_total{kind="replayed"}'] == replayed
+        assert found["num_graphs"] == 20 - replayed
+    assert found["graph_capture_seconds_total"] == 1.0
+    assert found['graph_steps_total{kind="eager"}'] == found['graph_eager_steps_total{reason="penalties"}'] == 2
 
 
 def test_only_the_heads_in_use_are_named(metrics: EngineMetrics) -> None:

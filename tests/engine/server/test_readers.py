@@ -207,7 +207,7 @@ def test_a_reader_that_stands_still_is_ended_and_told(serve: Any) -> None:
 def test_a_reader_that_never_reads_again_is_cut_off(ends: bool, serve: Any) -> None:
     """Whether the generation has ended meanwhile or not."""
     body = ENDLESS | {"tree_debug": True, "logprobs": 20, "max_tokens": 250 if ends else 4000}
-    limit = 2.0 if ends else 0.2  # it ends before it is too slow, or is too slow first
+    limit = 6.0 if ends else 0.2  # it ends before it is too slow, or is too slow first
     with paced(serve, max_buffered_messages=4, slow_reader_seconds=limit, num_slots=1) as (running, pace):
         with post(running, body, receive_bytes=4096) as connection:
             pace.allow(300)

@@ -1,9 +1,12 @@
 """The environment of an engine process: defaults, refusals in one line."""
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
+from gorgon_engine.backbone.select import Kernels
+from gorgon_engine.server.loader import engine_config
 from gorgon_engine.server.settings import EngineSettings
 from gorgon_protocol.errors import BadRequestError
 
@@ -20,6 +23,7 @@ def test_the_defaults_suit_a_laptop() -> None:
     settings = EngineSettings.from_environment()
     assert (settings.host, settings.port, settings.model) == ("127.0.0.1", 8101, "smollm2")
     assert (settings.num_slots, settings.max_waiting) == (8, 64)
+    assert (settings.kernels, settings.graphs, settings.run_ahead) == ("auto", True, True)
     assert settings.is_loopback
     assert settings.url(8101) == "http://127.0.0.1:8101"
     assert settings.read_secret() is None
@@ -31,6 +35,9 @@ def test_values_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> No
         "PORT": "9000",
         "NUM_SLOTS": "16",
         "QUANTIZATION": "nf4",
+        "KERNELS": "triton",
+        "GRAPHS": "false",
+        "RUN_AHEAD": "0",
         "DRAIN_SECONDS": "0",
         "STORE": "/heads",
         "REDIS_URL": "rediss://user:pass@redis:6380/1",
@@ -40,6 +47,7 @@ def test_values_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setenv(f"GORGON_ENGINE_{name}", value)
     settings = EngineSettings.from_environment()
     assert (settings.port, settings.num_slots, settings.quantization) == (9000, 16, "nf4")
+    assert (settings.kernels, settings.graphs, settings.run_ahead) == ("triton", False, False)
     assert settings.drain_seconds == 0.0
     assert settings.store == "/heads"
     assert settings.log_format == "json"
@@ -57,6 +65,9 @@ def test_values_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> No
         ({"PORT": "tcp://10.0.0.1:8101"}, ["GORGON_ENGINE_PORT", "enableServiceLinks"]),
         ({"SERVICE_HOST": "10.0.0.1"}, ["GORGON_ENGINE_SERVICE_HOST", "enableServiceLinks"]),
         ({"QUANTIZATION": "int2"}, ["GORGON_ENGINE_QUANTIZATION", "'nf4'"]),
+        ({"KERNELS": "cuda"}, ["GORGON_ENGINE_KERNELS", "'triton'"]),
+        ({"GRAPHS": "some"}, ["GORGON_ENGINE_GRAPHS", "boolean"]),
+        ({"RUN_AHEAD": "2"}, ["GORGON_ENGINE_RUN_AHEAD", "boolean"]),
         ({"SLOW_READER_SECONDS": "nan"}, ["GORGON_ENGINE_SLOW_READER_SECONDS"]),
         ({"SLOW_READER_SECONDS": "0"}, ["GORGON_ENGINE_SLOW_READER_SECONDS", "greater than 0"]),
         ({"HEADS": "/a", "STORE": "/b"}, ["GORGON_ENGINE_HEADS", "GORGON_ENGINE_STORE", "not both"]),
@@ -81,6 +92,17 @@ def test_what_cannot_be_is_one_line_that_names_it(
     message = str(raised.value)
     assert "\n" not in message
     assert all(word in message for word in words), message
+
+
+def test_choices_are_the_engines_own() -> None:
+    assert get_args(EngineSettings.model_fields["kernels"].annotation) == tuple(Kernels)
+
+
+@pytest.mark.parametrize("kernels", list(Kernels))
+@pytest.mark.parametrize("value", [True, False])
+def test_kernels_and_graphs_reach_the_engine(kernels: Kernels, value: bool) -> None:
+    config = engine_config(EngineSettings(kernels=kernels.value, graphs=value, run_ahead=not value))
+    assert (config.backbone.kernels, config.graphs, config.run_ahead) == (kernels, value, not value)
 
 
 def test_a_secret_is_read_without_its_newline(tmp_path: Path) -> None:

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from gorgon_engine.events import StatusEvent, TokenEvent
 from gorgon_engine.logprobs import TokenLogprobs
+from gorgon_engine.outcome import StepSeconds
 from gorgon_engine.server.conversion import Speed, TokenChunk
 from gorgon_engine.server.stream import MessageStream
-from gorgon_engine.step import StepSeconds
 from gorgon_protocol.messages import ErrorMessage
 
 EVENT = TokenEvent(

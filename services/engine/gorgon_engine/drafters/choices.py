@@ -6,6 +6,7 @@ Letters: leading dimensions ..., V vocabulary, M choices.
 import torch
 from torch import Tensor
 
+from gorgon_engine.kernels import dispatch
 from gorgon_engine.kernels.cpu.drafting import top_log_probs as native_top_log_probs
 
 _BLOCK = 64
@@ -18,12 +19,26 @@ def top_log_probs(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """
     count = min(count, logits.shape[-1])
     rows = logits.reshape(-1, logits.shape[-1])
-    if logits.device.type == "cpu":
+    if (found := _in_two_launches(rows, count)) is not None:
+        best, places = found
+    elif logits.device.type == "cpu":
         best, places = native_top_log_probs(rows.float().contiguous(), count)
     else:
         best, places = top(torch.log_softmax(rows.float(), dim=1), count)
     shape = (*logits.shape[:-1], best.shape[1])
     return best.view(shape), places.view(shape)
+
+
+def _in_two_launches(rows: Tensor, count: int) -> tuple[Tensor, Tensor] | None:
+    """On a GPU, of logits [R, V]; None elsewhere, and for more choices than the kernels hold."""
+    if not dispatch.uses_triton(rows):
+        return None
+    from gorgon_engine.kernels.triton.top_log_probs import can_choose
+    from gorgon_engine.kernels.triton.top_log_probs import top_log_probs as triton_top_log_probs
+
+    if not can_choose(rows, count):
+        return None
+    return triton_top_log_probs(rows if rows.stride(1) == 1 else rows.contiguous(), count)
 
 
 def top(values: Tensor, count: int) -> tuple[Tensor, Tensor]:

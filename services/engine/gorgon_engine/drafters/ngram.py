@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gorgon_engine.drafters.base import DraftContext
+from gorgon_engine.kernels import dispatch
 from gorgon_engine.kernels.cpu.library import available_library
 from gorgon_engine.kernels.cpu.lookup import lookup
 from gorgon_engine.tree.candidates import CandidateTree
@@ -50,6 +51,13 @@ class NgramDrafter:
         """As `Drafter.propose`. Chains that were not found, and what lies behind the known text, are padding."""
         depth = min(self.depth, max_nodes)
         num_chains = min(self.num_chains, context.history.shape[1], max(1, max_nodes // depth))
+        if dispatch.uses_triton(context.history):
+            from gorgon_engine.kernels.triton.lookup import lookup as triton_lookup
+
+            found = triton_lookup(
+                context.history, context.history_lengths, self._log_confidence, num_chains=num_chains, depth=depth
+            )
+            return CandidateTree(**found._asdict(), source=self.name)
         library = available_library() if context.history.device.type == "cpu" else None
         if library is None:
             return self.propose_reference(context, num_chains, depth)

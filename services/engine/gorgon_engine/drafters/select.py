@@ -31,6 +31,11 @@ _WIDTHS = (4, 3, 2, 2)  # of a cartesian tree, as far as there are heads
 # accepted is not looked below (docs/experiments.md).
 _CPU_LIMITS = BeamLimits(num_choices=6, width=4, min_path_prob=0.2)
 
+# On a GPU a pass of eight rows costs what one of one row does; more paths than that seldom reach the tree.
+_GPU_LIMITS = BeamLimits(num_choices=8, width=8)
+_LAYERS_PER_PASS = 1.7  # what a pass of the head costs, with its projection, in layers of a backbone
+_GPU_DEPTHS = 5  # of heads without measured accuracies
+
 
 class DrafterKind(StrEnum):
     HEADS = "heads"
@@ -79,7 +84,9 @@ def make_drafters(
         if draw and kind is DrafterKind.BOTH:
             raise BadRequestError("drawn drafts cannot share a tree with looked-up ones: choose the drafter heads")
         loaded = load_heads_for(backbone, folder, heads)
-        drafters.append(_heads_drafter(loaded, backbone, tree, draw))
+        drafter, drafter_notices = heads_drafter(loaded, backbone, tree, draw)
+        drafters.append(drafter)
+        notices += drafter_notices
         if not bundled:  # nobody chose those: what they do in the default precision is documented with them
             notices += loaded.notices
     elif heads is not None:
@@ -106,7 +113,12 @@ def load_heads_for(backbone: Backbone, folder: Path, path: Path) -> LoadedHeads:
     )
 
 
-def _heads_drafter(loaded: LoadedHeads, backbone: Backbone, tree: HeadsTree, draw: bool) -> Drafter:
+def heads_drafter(loaded: LoadedHeads, backbone: Backbone, tree: HeadsTree, draw: bool) -> tuple[Drafter, list[str]]:
+    """The drafter of heads that are there, and notices. The arguments are those of `make_drafters`.
+
+    Raises `HeadsError` for heads that do not continue the backbone's own token, `BadRequestError` where the options
+    exclude each other or ask for what these heads cannot give.
+    """
     manifest = loaded.manifest
     used = manifest.tree_heads
     if not used:
@@ -122,18 +134,18 @@ def _heads_drafter(loaded: LoadedHeads, backbone: Backbone, tree: HeadsTree, dra
     if draw and manifest.family != "medusa":
         raise BadRequestError(f"drawn drafts need heads of the medusa family: these are {manifest.family} heads")
     if isinstance(loaded.heads, HydraHeads):
-        return _hydra_drafter(loaded.heads, backbone, loaded.draft_vocabulary, paths)
+        return _hydra_drafter(loaded.heads, backbone, loaded.draft_vocabulary, paths), []
     if isinstance(loaded.heads, EagleHead):
-        return _eagle_drafter(loaded.heads, backbone, loaded.draft_vocabulary, paths)
+        return _eagle_drafter(loaded.heads, backbone, loaded.draft_vocabulary, paths, accuracies)
     vocabulary = loaded.draft_vocabulary
     project = _projection(backbone, vocabulary)
     # The head of offset 1 repeats the root: never computed.
     heads = loaded.heads.select(used)
     if not draw:
-        return HeadsDrafter(heads, project, paths=paths, draft_vocabulary=vocabulary)
+        return HeadsDrafter(heads, project, paths=paths, draft_vocabulary=vocabulary), []
     if paths is None:
         raise BadRequestError("drawn drafts need a fixed tree (sparse or cartesian): a dynamic one would bias them")
-    return DrawnHeadsDrafter(
+    drawn = DrawnHeadsDrafter(
         heads,
         project,
         paths=paths,
@@ -141,6 +153,7 @@ def _heads_drafter(loaded: LoadedHeads, backbone: Backbone, tree: HeadsTree, dra
         draft_vocabulary=vocabulary,
         vocab_size=backbone.config.vocab_size,
     )
+    return drawn, []
 
 
 def _projection(backbone: Backbone, vocabulary: Tensor | None) -> Projection:
@@ -166,14 +179,25 @@ def _hydra_drafter(
 
 
 def _eagle_drafter(
-    head: EagleHead, backbone: Backbone, vocabulary: Tensor | None, paths: Sequence[RankPath] | None
-) -> EagleDrafter:
+    head: EagleHead,
+    backbone: Backbone,
+    vocabulary: Tensor | None,
+    paths: Sequence[RankPath] | None,
+    accuracies: Sequence[Sequence[float]] | None,
+) -> tuple[Drafter, list[str]]:
+    """And a notice where the GPU's kernels cannot run the head."""
     on_cpu = backbone.device.type == "cpu"
+    notices = []
+    if not on_cpu:
+        reason = "a fixed tree is followed" if paths is not None else _gpu_refusal(head, backbone)
+        if reason is None:
+            return eagle_on_gpu(head, backbone, vocabulary, accuracies), []
+        notices.append(f"the heads draft by tensor operations, several times slower than the GPU's kernels: {reason}")
     if on_cpu:
         vocabulary = _affordable(head, vocabulary)
         head = pack_eagle_for_cpu(head, backbone)
     native = native_eagle(head, backbone, vocabulary) if paths is None else None
-    return EagleDrafter(
+    drafter = EagleDrafter(
         head,
         embed=backbone.embed,
         project=_projection(backbone, vocabulary) if native is None else None,  # a copy: not made for nothing
@@ -182,6 +206,30 @@ def _eagle_drafter(
         limits=_CPU_LIMITS if on_cpu else BeamLimits(),
         native=native,
     )
+    return drafter, notices
+
+
+def _gpu_refusal(head: EagleHead, backbone: Backbone) -> str | None:
+    # Here and below: torch for CPUs comes without Triton.
+    try:
+        from gorgon_engine.drafters.eagle_gpu import refusal
+    except ImportError as error:
+        return f"Triton cannot be imported ({error})"
+    return refusal(head, backbone)
+
+
+def eagle_on_gpu(
+    head: EagleHead, backbone: Backbone, vocabulary: Tensor | None, accuracies: Sequence[Sequence[float]] | None
+) -> Drafter:
+    """A head on the GPU's kernels (which `refusal` says can run it), as precise as the backbone is: one in NF4 gets a
+    layer in NF4. As deep as its accuracies promise to pay."""
+    from gorgon_engine.drafters.eagle_gpu import drafter_of, profitable_depths
+
+    num_depths = min(head.num_heads, _GPU_DEPTHS)
+    if accuracies is not None:
+        num_depths = profitable_depths(accuracies, pass_share=_LAYERS_PER_PASS / backbone.config.num_layers)
+    four_bit = served_quantization(backbone) == "nf4"
+    return drafter_of(head, backbone, vocabulary, four_bit=four_bit, num_depths=num_depths, limits=_GPU_LIMITS)
 
 
 def _affordable(head: EagleHead, vocabulary: Tensor | None) -> Tensor | None:
@@ -217,5 +265,5 @@ def _paths(
 
 def served_quantization(backbone: Backbone) -> Quantization:
     """As a manifest names it."""
-    kind = backbone.kernels.rpartition("-")[2]
-    return "nf4" if kind == "nf4" else "int8" if kind == "int8" else "none"
+    parts = backbone.kernels.split("-")  # `native-int8`, `triton-nf4-gluon`, ...
+    return "nf4" if "nf4" in parts else "int8" if "int8" in parts else "none"

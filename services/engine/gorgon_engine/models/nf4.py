@@ -2,7 +2,8 @@
 
     W[n, k] = code[q[n, k]] * absmax[(n * in + k) // 64],   byte i of `packed` = q[2i] << 4 | q[2i + 1]
 
-Quantising and the products are bitsandbytes' own. It is imported on first use only: that costs seconds.
+Quantising and the products are bitsandbytes' own. It is imported on first use only: that costs seconds. `quantize_nf4`
+does without, for what is made on a device that it may not be there for.
 """
 
 import json
@@ -18,6 +19,12 @@ from torch import Tensor
 from gorgon_protocol.errors import ModelError
 
 BLOCK_SIZE = 64
+NF4_CODE = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+_ROWS_AT_A_TIME = 4096  # of a matrix that is quantised: bounds what it needs beside
 _STATE_SUFFIX = ".quant_state.bitsandbytes__"
 
 
@@ -104,6 +111,28 @@ class Nf4Tensor:
             quant_type="nf4",
             dtype=dtype,
         )
+
+
+def quantize_nf4(weight: Tensor) -> Nf4Tensor:
+    """weight: [out, in] floating, `in` a multiple of 64, on any device, where the result stays.
+
+    The nearest value of the code for weight / absmax (QLoRA, 2305.14314, section 3), as bitsandbytes does it, but for
+    ties. Raises `ModelError` for another input size.
+    """
+    out_features, in_features = weight.shape
+    if in_features % BLOCK_SIZE:
+        raise ModelError(f"NF4 needs matrices whose input size is a multiple of {BLOCK_SIZE}, not {in_features}")
+    code = torch.tensor(NF4_CODE, device=weight.device)
+    middles = (code[1:] + code[:-1]) / 2
+    packed, absmax = [], []
+    for rows in weight.split(_ROWS_AT_A_TIME):
+        blocks = rows.float().contiguous().view(-1, BLOCK_SIZE)
+        largest = blocks.abs().amax(dim=1)
+        scaled = blocks / torch.where(largest > 0, largest, 1.0)[:, None]
+        indices = torch.bucketize(scaled, middles, out_int32=True).to(torch.uint8).view(-1, 2)
+        packed.append((indices[:, 0] << 4) | indices[:, 1])
+        absmax.append(largest)
+    return Nf4Tensor(torch.cat(packed), torch.cat(absmax), code, out_features, in_features)
 
 
 class Nf4Linear:

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from gorgon_engine.engine import Engine
     from gorgon_engine.events import FinishedEvent, StatusEvent, TokenEvent
     from gorgon_engine.logprobs import TokenLogprobs
+    from gorgon_engine.outcome import TreeTrace
     from gorgon_engine.sequence import Request
-    from gorgon_engine.step import TreeTrace
 
 _PROBABILITY_DIGITS = 5
 _SECONDS_DIGITS = 7

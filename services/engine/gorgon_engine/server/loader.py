@@ -18,7 +18,9 @@ def load_engine(settings: EngineSettings, progress: LoadProgress) -> "Engine":
     from gorgon_engine.runtime import set_threads, silence_libraries
 
     silence_libraries()
-    native = settings.device in (None, "cpu") and settings.kernels != "torch" and settings.quantization != "nf4"
+    native = (
+        settings.device in (None, "cpu") and settings.kernels in ("auto", "native") and settings.quantization != "nf4"
+    )
     set_threads(settings.device, native=native, threads=settings.threads)
     config = engine_config(settings)
     progress("reading the model", 0.2)
@@ -59,6 +61,8 @@ def engine_config(settings: EngineSettings) -> "EngineConfig":
         num_slots=settings.num_slots,
         max_waiting=settings.max_waiting,
         context=settings.context,
+        graphs=settings.graphs,
+        run_ahead=settings.run_ahead,
     )
 
 

@@ -5,7 +5,7 @@ counters. A step of one sequence counts as a draft where it verified more than t
 all, so that the share of plain steps can be told.
 
 Everything is counted on the event loop out of what events carry anyway; the counts of a step are added up first, as
-each addition to a metric takes a lock.
+each addition to a metric takes a lock. What the engine itself counts of its graphs is read when the metrics are.
 """
 
 from collections import Counter as Tally
@@ -26,7 +26,8 @@ from prometheus_client import (
 
 if TYPE_CHECKING:
     from gorgon_engine.events import FinishedEvent, TokenEvent
-    from gorgon_engine.step import StepSeconds
+    from gorgon_engine.graphs import GraphStats
+    from gorgon_engine.outcome import StepSeconds
 
 _TTFT = (0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0)
 _TOKEN = (0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.2, 0.4, 0.8, 2.5, 10.0)
@@ -52,8 +53,9 @@ class EngineMetrics:
     """The metrics of one engine process, in a registry of its own."""
 
     def __init__(self, *, num_running: Callable[[], float], num_waiting: Callable[[], float],
-                 kv_cache_usage: Callable[[], float], is_ready: Callable[[], float]) -> None:  # fmt: skip
-        """The callables are asked when the metrics are."""
+                 kv_cache_usage: Callable[[], float], is_ready: Callable[[], float],
+                 graph_stats: "Callable[[], GraphStats | None]" = lambda: None) -> None:  # fmt: skip
+        """The callables are asked when the metrics are. graph_stats: None where there are no graphs."""
         self.registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
         GCCollector(registry=registry)
@@ -110,18 +112,41 @@ class EngineMetrics:
             "gorgon:heads_info", "The draft heads in use.", ("name", "version", "family"), registry=registry
         )
         self._engine = Info("gorgon:engine", "What is served, and on what.", registry=registry)
+        self._graph_stats = graph_stats
+        self._seen: dict[Counter, float] = {}  # by `_raise_to`
+        self._graph_steps = counter(
+            "graph_steps", "Steps of the batch and passes over prompts on a GPU, by how they were launched.", "kind"
+        )
+        self._eager_steps = counter(
+            "graph_eager_steps", "Steps and passes over prompts without a graph, by the reason.", "reason"
+        )
+        self._capture_seconds = counter("graph_capture_seconds", "Time spent recording graphs.")
+        self._num_graphs = Gauge("gorgon:num_graphs", "CUDA graphs held.", registry=registry)
         for kind in ("plain", "speculative"):
             self._steps.labels(kind)
+        for kind in ("replayed", "first_run", "eager"):
+            self._graph_steps.labels(kind)
         for result in ("taken", "refused"):
             self._swaps.labels(result)
 
     def render(self) -> bytes:
         """The text format, version 0.0.4."""
+        stats = self._graph_stats()
+        if stats is not None:
+            self._add_graphs(stats)
         return generate_latest(self.registry)
 
-    def describe(self, *, model: str, backbone: str, kernels: str, device: str, version: str) -> None:
+    def describe(self, *, model: str, backbone: str, kernels: str, graphs: bool, device: str, version: str) -> None:
+        """graphs: whether steps are launched as such."""
         self._engine.info(
-            {"model": model, "backbone": backbone, "kernels": kernels, "device": device, "version": version}
+            {
+                "model": model,
+                "backbone": backbone,
+                "kernels": kernels,
+                "graphs": "yes" if graphs else "no",
+                "device": device,
+                "version": version,
+            }
         )
 
     def set_plain_speed(self, batch_size: int, tokens_per_second: float) -> None:
@@ -177,6 +202,25 @@ class EngineMetrics:
         for position in range(max(tally.accepted_steps) - 1, -1, -1):
             reached += tally.accepted_steps[position + 1]
             self._accepted_at.labels(str(position)).inc(reached)
+
+    def _add_graphs(self, stats: "GraphStats") -> None:
+        """What has come since the last time. The model's thread goes on counting meanwhile: plain numbers, each read
+        once, which no lock and no device is waited for."""
+        eager = dict(stats.num_eager)
+        for kind, count in (
+            ("replayed", stats.num_replayed),
+            ("first_run", stats.num_first_runs),
+            ("eager", sum(eager.values())),
+        ):
+            self._raise_to(self._graph_steps.labels(kind), count)
+        for reason, count in eager.items():
+            self._raise_to(self._eager_steps.labels(reason), count)
+        self._raise_to(self._capture_seconds, stats.capture_seconds)
+        self._num_graphs.set(stats.num_graphs)
+
+    def _raise_to(self, counter: Counter, value: float) -> None:
+        counter.inc(value - self._seen.get(counter, 0.0))
+        self._seen[counter] = value
 
     def between_messages(self, seconds: float, num_tokens: int) -> None:
         self._inter_token.observe(seconds / max(num_tokens, 1))

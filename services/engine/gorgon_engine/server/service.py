@@ -69,6 +69,7 @@ class EngineService:
             num_waiting=lambda: self._num_waiting,
             kv_cache_usage=lambda: self._kv_cache_usage,
             is_ready=lambda: float(self.state == "ready"),
+            graph_stats=lambda: None if self._engine is None else self._engine.graph_stats,
         )
         self._worker = EngineWorker(partial(load, settings), self)
         self._engine: Engine | None = None
@@ -196,7 +197,7 @@ class EngineService:
             version=version("gorgon"),
             model=self.model,
             backbone=self._backbone,
-            kernels=backbone.kernels if backbone is not None else "",
+            kernels=_kernels(engine) if engine is not None else "",
             device=str(backbone.device) if backbone is not None else "",
             context=engine.context if engine is not None else 0,
             vocab_size=backbone.config.vocab_size if backbone is not None else 0,
@@ -290,6 +291,7 @@ class EngineService:
             model=self.model,
             backbone=self._backbone,
             kernels=engine.backbone.kernels,
+            graphs=engine.graph_stats is not None,
             device=str(engine.backbone.device),
             version=version("gorgon"),
         )
@@ -363,6 +365,12 @@ class EngineService:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             logger().error("task_failed", task=task.get_name(), exc_info=error)
+
+
+def _kernels(engine: "Engine") -> str:
+    """As people read it: which of them, and how they are launched."""
+    kernels = engine.backbone.kernels
+    return kernels if engine.graph_stats is None else f"{kernels} in graphs"
 
 
 def _identity(model: str) -> str:

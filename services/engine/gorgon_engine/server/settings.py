@@ -37,7 +37,11 @@ class EngineSettings(BaseSettings):
     quantization: Literal["none", "nf4", "int8"] | None = Field(default=None, description="int8 on a CPU, NF4 on a GPU")
     dtype: Literal["float32", "bfloat16"] | None = Field(default=None, description="of unquantised weights")
     device: str | None = Field(default=None, description="cpu, cuda or cuda:N; a GPU where there is one")
-    kernels: Literal["auto", "native", "torch"] = Field(default="auto", description="on a CPU")
+    kernels: Literal["auto", "native", "triton", "torch"] = Field(
+        default="auto", description="native: the project's own for CPUs, triton: for GPUs; auto: its own where they run"
+    )
+    graphs: bool = Field(default=True, description="on a GPU: record each size of step, launch it as one CUDA graph")
+    run_ahead: bool = Field(default=True, description="with graphs: launch a step before the one before it is read")
     threads: int | None = Field(default=None, ge=1, le=1024, description="CPU threads; one a physical core")
     context: int | None = Field(default=None, ge=2, description="positions a sequence; the model's, at most 8192")
 

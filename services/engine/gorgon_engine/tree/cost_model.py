@@ -128,6 +128,30 @@ class CostModel:
             nodes[b] += 1
         return nodes
 
+    def choose_width(
+        self,
+        path_probs: Sequence[Sequence[float]],
+        *,
+        widths: Sequence[int],
+        num_padded: int,
+        spent_seconds: float = 0.0,
+        least_gain: float = 1.0,
+    ) -> int:
+        """As `choose_nodes` where all sequences verify trees of one width (root included), of which there are few.
+
+        widths: ascending, the first is plain decoding. num_padded: sequences that such a step runs, the padding
+        counted.
+        """
+        batch = len(path_probs)
+        pricing, tree_seconds = self._pricing(num_padded), self.tree_seconds(num_padded) + spent_seconds
+        best_rate, best_width = least_gain * batch / (pricing.at(num_padded) + spent_seconds), widths[0]
+        for width in widths[1:]:
+            tokens = batch + sum(sum(probs[: width - 1]) for probs in path_probs)
+            rate = tokens / (pricing.at(num_padded * width) + tree_seconds)
+            if rate > best_rate:
+                best_rate, best_width = rate, width
+        return best_width
+
     def _pricing(self, num_sequences: int) -> "_Pricing":
         passes = self._passes
         base = passes.at(num_sequences)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from gorgon_engine.kernels import dispatch
 from gorgon_engine.kernels.cpu import NativeLibrary, trees
 from gorgon_engine.kernels.cpu.library import available_library
 from gorgon_engine.tree.candidates import CandidateTree
@@ -78,6 +79,12 @@ def merge_candidates(forests: Sequence[CandidateTree], *, max_nodes: int, max_de
     """
     drawn = [f for f in forests if f.draft_probs is not None]
     assert not drawn or len(forests) == 1, "drawn candidates cannot be merged: their rule needs their own order"
+    if dispatch.uses_triton(forests[0].tokens) and not drawn:
+        from gorgon_engine.kernels.triton import tree_build
+
+        if tree_build.can_merge(forests):
+            merged = tree_build.merge(forests, max_nodes=max_nodes, max_depth=max_depth)
+            return MergedCandidates(**merged._asdict(), source_names=tuple(f.source for f in forests))
     library = _library_for(forests[0].tokens)
     if library is None:
         return merge_reference(forests, max_nodes=max_nodes, max_depth=max_depth)
@@ -95,6 +102,8 @@ def flatten(root_tokens: Tensor, candidates: MergedCandidates | None, num_nodes:
 
     root_tokens: [B]; num_nodes: [B] int64, root included, at most `width`. A width of 1 is plain decoding.
     """
+    if dispatch.uses_triton(root_tokens) and (candidates is None or candidates.draft_probs is None):
+        return _flatten_in_one_launch(root_tokens, candidates, num_nodes, width)
     library = _library_for(root_tokens)
     if library is None or candidates is None or width == 1:
         return flatten_reference(root_tokens, candidates, num_nodes, width)
@@ -103,6 +112,21 @@ def flatten(root_tokens: Tensor, candidates: MergedCandidates | None, num_nodes:
     flat = trees.flatten(library, root_tokens, merged, num_nodes, columns=min(width - 1, c.tokens.shape[1]))
     draft_probs = c.draft_probs if c.draft_rows is not None else None
     return TreeBatch(**flat._asdict(), source_names=c.source_names, draft_probs=draft_probs)
+
+
+def _flatten_in_one_launch(
+    root_tokens: Tensor, candidates: MergedCandidates | None, num_nodes: Tensor, width: int
+) -> TreeBatch:
+    from gorgon_engine.kernels.triton import tree_build
+
+    names = candidates.source_names if candidates is not None else ()
+    if candidates is None or width == 1:
+        flat = tree_build.flatten(root_tokens, None, num_nodes, columns=0)
+    else:
+        c = candidates
+        merged = trees.Merged(c.tokens, c.parents, c.log_probs, c.ranks, c.sources, None)
+        flat = tree_build.flatten(root_tokens, merged, num_nodes, columns=min(width - 1, c.tokens.shape[1]))
+    return TreeBatch(**flat._asdict(), source_names=names)
 
 
 def _library_for(tensor: Tensor) -> NativeLibrary | None:

@@ -268,8 +268,9 @@ def _multiply(  # type: ignore[no-untyped-def]
     x_phase = 0
     w_stage = 0
     w_phase = 0
-    first_step = 0
     for fragment in range(gl.where(second_steps > 0, 2, 1)):
+        # Not carried from one to the other: the compiler (Triton 3.6) would begin both at the first one's constant.
+        first_step = gl.where(fragment == 0, 0, first_steps)
         end_step = gl.where(fragment == 0, first_steps, num_steps)
         sums = gl.full([64, BLOCK_R], 0.0, gl.float32, layout=C)
         for step in range(first_step, end_step):
@@ -307,7 +308,6 @@ def _multiply(  # type: ignore[no-untyped-def]
                     if x_stage == X_STAGES:
                         x_stage = 0
                         x_phase ^= 1
-        first_step = end_step
         sums = _add_inner(sums, sums_buffers, fragment, H, B, INNER, C)
         if H == 0:
             part = gl.where(fragment == 0, first_part, 0)  # a second tile begins here, with its first part

@@ -120,9 +120,10 @@ def _sum_partials_kernel(  # type: ignore[no-untyped-def]
     tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def default_variant(device: torch.device) -> Nf4Variant:
-    """The kernel for a device."""
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0):
+def default_variant(device: torch.device, dtype: torch.dtype) -> Nf4Variant:
+    """The kernel for rows of a dtype on a device: the Hopper kernel multiplies bfloat16 alone."""
+    is_hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+    if is_hopper and dtype == torch.bfloat16:
         return Nf4Variant.REGISTERS
     return Nf4Variant.PORTABLE
 
@@ -139,7 +140,7 @@ def nf4_linear(
     """
     num_rows, size = x.shape
     plan = plan_nf4(weight.num_row_blocks, weight.num_input_blocks) if plan is None else plan
-    variant = default_variant(x.device) if variant is None else variant
+    variant = default_variant(x.device, x.dtype) if variant is None else variant
     if partials is None:
         partials = x.new_empty(plan.num_partials, num_rows, weight.out_features, dtype=torch.float32)
     assert size == weight.in_features, (x.shape, weight.in_features)

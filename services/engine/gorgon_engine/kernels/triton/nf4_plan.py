@@ -82,11 +82,13 @@ def _num_partials(span: int, num_input_blocks: int, inner_splits: int) -> int | 
 
 
 @cache
-def plan_nf4(num_row_blocks: int, num_input_blocks: int, max_inner_splits: int = 2, max_partials: int = 8) -> Nf4Plan:
+def plan_nf4(
+    num_row_blocks: int, num_input_blocks: int, max_inner_splits: int = WARPGROUPS, max_partials: int = 8
+) -> Nf4Plan:
     """The plan that reads the fewest blocks of W in its busiest program, partial sums weighed in.
 
-    num_row_blocks: a multiple of four. max_inner_splits: 1, 2 or 4; more need more shared memory for x. max_partials =
-    1 keeps every sum whole.
+    num_row_blocks: a multiple of four. max_inner_splits: 1, 2 or 4; more need more shared memory for x (4 leave none
+    for weights beside 64 rows). max_partials = 1 keeps every sum whole.
     """
     return min(nf4_plans(num_row_blocks, num_input_blocks, max_inner_splits, max_partials), key=lambda plan: plan._cost)
 

@@ -13,15 +13,20 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from gorgon_engine.kernels.triton.early_launch import early_options
 from gorgon_engine.kernels.triton.partials import add_partials
 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _add_rms_norm_kernel(  # type: ignore[no-untyped-def]
     residual_ptr, partials_ptr, weight_ptr, normed_ptr, eps, num_rows, size,
-    NUM_PARTIALS: tl.constexpr, BLOCK: tl.constexpr,
+    NUM_PARTIALS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     dims = tl.arange(0, BLOCK)
     inside = dims < size
@@ -48,6 +53,7 @@ def add_rms_norm(residual: Tensor, partials: Tensor | None, weight: Tensor, eps:
         residual, residual if partials is None else partials, weight, normed, eps, num_rows, size,
         NUM_PARTIALS=0 if partials is None else partials.shape[0],
         BLOCK=triton.next_power_of_2(size), num_warps=8 if size > 2048 else 4,
+        **early_options(residual.device, num_rows),
     )  # fmt: skip
 
 

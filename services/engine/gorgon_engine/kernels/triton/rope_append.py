@@ -5,18 +5,24 @@
     x'[i]        = x[i] cos[i] - x[i + D/2] sin[i],   x'[i + D/2] = x[i + D/2] cos[i] + x[i] sin[i]
 
 RoPE: 2104.09864. Row n of sequence b goes to position `lengths[b] + n` of its slot, where `KVCache.write` puts it.
-One program a row and head: nothing depends on other rows.
+One program a row and some heads of a kind: nothing depends on other rows.
 
 Letters: B sequences, N rows of each, S partial sums, H query heads, G KV heads, D head dimension, P positions
 of a slot.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from gorgon_engine.kernels.triton.early_launch import early_options
 from gorgon_engine.kernels.triton.partials import add_partials
+
+_MAX_HEADS_EACH = 8  # of a program: few programs begin sooner than many
 
 
 @triton.jit(do_not_specialize=["num_rows", "rows_each", "num_positions"])
@@ -24,22 +30,26 @@ def _rope_append_kernel(  # type: ignore[no-untyped-def]
     partials_ptr, cos_ptr, sin_ptr, slots_ptr, lengths_ptr, q_norm_ptr, k_norm_ptr, query_ptr, keys_ptr, values_ptr,
     eps, num_rows, rows_each, num_positions,
     NUM_PARTIALS: tl.constexpr, NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HALF: tl.constexpr,
-    HAS_NORMS: tl.constexpr,
+    HEADS_EACH: tl.constexpr, HAS_NORMS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     head_dim: tl.constexpr = 2 * HALF
     all_heads: tl.constexpr = NUM_HEADS + 2 * NUM_KV_HEADS
     row = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
-    lane = tl.arange(0, HALF)
+    first = tl.program_id(1) * HEADS_EACH  # of heads that are all queries, keys or values
+    head = first + tl.arange(0, HEADS_EACH)[:, None]
+    lane = tl.arange(0, HALF)[None, :]
     at, stride = (row * all_heads + head) * head_dim + lane, num_rows * all_heads * head_dim
-    inside = lane < HALF
-    low = add_partials(partials_ptr, at, stride, inside, NUM_PARTIALS)
+    inside = (head < all_heads) & (lane < HALF)
+    low = add_partials(partials_ptr, at, stride, inside, NUM_PARTIALS)  # [HEADS_EACH, HALF]
     high = add_partials(partials_ptr, at + HALF, stride, inside, NUM_PARTIALS)
-    is_value = head >= NUM_HEADS + NUM_KV_HEADS
+    is_value = first >= NUM_HEADS + NUM_KV_HEADS
     if not is_value:
         if HAS_NORMS:
-            norm_ptr = q_norm_ptr if head < NUM_HEADS else k_norm_ptr
-            scale = tl.rsqrt((tl.sum(low * low, 0) + tl.sum(high * high, 0)) / head_dim + eps)
+            norm_ptr = q_norm_ptr if first < NUM_HEADS else k_norm_ptr
+            scale = tl.rsqrt((tl.sum(low * low, 1) + tl.sum(high * high, 1)) / head_dim + eps)[:, None]
             low = low * scale * tl.load(norm_ptr + lane).to(tl.float32)
             high = high * scale * tl.load(norm_ptr + HALF + lane).to(tl.float32)
         cos = tl.load(cos_ptr + row * HALF + lane)
@@ -47,7 +57,7 @@ def _rope_append_kernel(  # type: ignore[no-untyped-def]
         turned = low * cos - high * sin
         high = high * cos + low * sin
         low = turned
-    if head < NUM_HEADS:
+    if first < NUM_HEADS:
         to = query_ptr + (row * NUM_HEADS + head) * head_dim + lane
         tl.store(to, low.to(query_ptr.dtype.element_ty))
         tl.store(to + HALF, high.to(query_ptr.dtype.element_ty))
@@ -88,11 +98,15 @@ def rope_append(
     assert (q_norm is None) == (k_norm is None)
     for tensor in (partials, cos, sin, keys, values, query):
         assert tensor.is_contiguous(), tensor.stride()
-    _rope_append_kernel[(num_rows, num_heads + 2 * num_kv_heads)](
+    common = math.gcd(num_heads, num_kv_heads)
+    heads_each = min(common & -common, _MAX_HEADS_EACH)  # the largest power of two that divides both
+    grid = (num_rows, (num_heads + 2 * num_kv_heads) // heads_each)
+    _rope_append_kernel[grid](
         partials, cos, sin, slots, lengths, cos if q_norm is None else q_norm, cos if k_norm is None else k_norm,
         query, keys, values, eps, num_rows, num_rows // slots.shape[0], num_positions,
         NUM_PARTIALS=num_partials, NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HALF=head_dim // 2,
-        HAS_NORMS=q_norm is not None, num_warps=1,
+        HEADS_EACH=heads_each, HAS_NORMS=q_norm is not None, num_warps=max(heads_each * head_dim // 256, 1),
+        **early_options(query.device, math.prod(grid)),
     )  # fmt: skip
 
 

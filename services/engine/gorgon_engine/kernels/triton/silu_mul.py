@@ -5,11 +5,15 @@
 Letters: R rows, S partial sums, I intermediate size.
 """
 
+import math
+
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import silu
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from gorgon_engine.kernels.triton.early_launch import early_options
 from gorgon_engine.kernels.triton.partials import add_partials
 
 _BLOCK = 1024
@@ -17,8 +21,11 @@ _BLOCK = 1024
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _silu_mul_kernel(  # type: ignore[no-untyped-def]
-    partials_ptr, out_ptr, num_rows, size, NUM_PARTIALS: tl.constexpr, BLOCK: tl.constexpr
+    partials_ptr, out_ptr, num_rows, size, NUM_PARTIALS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr
 ):
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = place < size
@@ -37,7 +44,10 @@ def silu_mul(partials: Tensor, out: Tensor) -> None:
     assert partials.is_contiguous(), partials.stride()
     assert out.is_contiguous(), out.stride()
     grid = (num_rows, triton.cdiv(size, _BLOCK))
-    _silu_mul_kernel[grid](partials, out, num_rows, size, NUM_PARTIALS=num_partials, BLOCK=_BLOCK, num_warps=4)
+    _silu_mul_kernel[grid](
+        partials, out, num_rows, size, NUM_PARTIALS=num_partials, BLOCK=_BLOCK, num_warps=4,
+        **early_options(out.device, math.prod(grid)),
+    )  # fmt: skip
 
 
 def reference(partials: Tensor) -> Tensor:

@@ -135,7 +135,8 @@ def _prefix_kernel(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     group: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
     if EARLY:
-        gdc_launch_dependents()
+        gdc_wait()
+        gdc_launch_dependents()  # behind the wait: the next kernel reads queries and keys at once
     tile = tl.program_id(0)
     part = num_parts - 1 - tl.program_id(1)  # large units first
     sequence = tl.program_id(2) // NUM_KV_HEADS
@@ -261,6 +262,8 @@ def _fold_kernel(  # type: ignore[no-untyped-def]
     EARLY: tl.constexpr,
 ):  # fmt: skip
     group: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
+    if EARLY:
+        gdc_launch_dependents()
     row = tl.program_id(2).to(tl.int64) * num_nodes + tl.program_id(0)
     kv_head = tl.program_id(1)
     sequence = tl.program_id(2)
@@ -347,15 +350,15 @@ def tree_attention(
         sources = (keys, values)
     num_tiles = triton.cdiv(num_nodes * plan.group, plan.block_rows)
     words = ancestors.shape[2]
+    launch = {"launch_pdl": True} if plan.early_fold else {}
     _prefix_kernel[(num_tiles, plan.num_parts, batch * num_kv_heads)](
         query, *sources, slots, lengths, ancestors, workspace.outs, workspace.bests, workspace.totals,
         scale_log2, num_nodes, num_positions, plan.num_parts, plan.unit, ancestors.stride(0),
         NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, NUM_WORDS=words,
         BLOCK_M=plan.block_rows, BLOCK_N=BLOCK_COLUMNS, GROWING=plan.growing, TAIL=plan.tail,
         WHOLE=plan.whole, STAGES=plan.num_stages, DESCRIPTORS=plan.tensor_descriptors, EARLY=plan.early_fold,
-        num_warps=plan.num_warps, num_stages=plan.num_stages,
+        num_warps=plan.num_warps, num_stages=plan.num_stages, **launch,
     )  # fmt: skip
-    launch = {"launch_pdl": True} if plan.early_fold else {}
     _fold_kernel[(num_nodes, num_kv_heads, batch)](
         query, keys, values, slots, lengths, ancestors, workspace.outs, workspace.bests, workspace.totals, out,
         scale_log2, num_nodes, num_positions, plan.num_parts, plan.unit, ancestors.stride(0),

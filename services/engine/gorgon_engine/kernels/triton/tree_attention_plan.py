@@ -46,7 +46,7 @@ class TreeAttentionPlan:
     num_stages: int = 3
     fold_warps: int = 1
     tensor_descriptors: bool = False  # keys and values through TMA: compute capability 9 and above
-    early_fold: bool = False  # the second kernel starts before the first has ended (programmatic dependent launch)
+    early_fold: bool = False  # kernels start before those in front have ended (`early_launch`)
 
     def __post_init__(self) -> None:
         if self.head_dim not in HEAD_DIMS:
@@ -76,8 +76,7 @@ class TreeAttentionPlan:
         """
         base = cls(
             num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, batch=batch, num_nodes=num_nodes,
-            max_length=max_length, unit=unit, growing=True, tail=max(16, triton.next_power_of_2(max_depth + 1)),
-            **_device_features(device),
+            max_length=max_length, unit=unit, growing=True, tail=tail_length(max_depth), **_device_features(device),
         )  # fmt: skip
         # Bits do not depend on it: fold at once where there is work enough without cutting sequences.
         return replace(base, whole=base.num_tiles * num_kv_heads * batch >= _FULL_GPU)
@@ -96,7 +95,7 @@ class TreeAttentionPlan:
         return cls(
             num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, batch=batch, num_nodes=num_nodes,
             max_length=max_length, unit=unit, growing=False, block_rows=block_rows,
-            tail=max(16, triton.next_power_of_2(max_depth + 1)), **_device_features(device),
+            tail=tail_length(max_depth), **_device_features(device),
         )  # fmt: skip
 
     @property
@@ -150,6 +149,11 @@ class TreeAttentionWorkspace:
             bests=torch.empty(rows, dtype=torch.float32, device=device),
             totals=torch.empty(rows, dtype=torch.float32, device=device),
         )
+
+
+def tail_length(max_depth: int) -> int:
+    """Positions of a row's tail where no node stands deeper than `max_depth` below the root."""
+    return max(16, triton.next_power_of_2(max_depth + 1))
 
 
 def check_dtype(dtype: torch.dtype) -> None:
