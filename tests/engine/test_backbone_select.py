@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig
 
 from gorgon_engine.backbone.select import BackboneOptions, Kernels, load_backbone, serve_weights, triton_refusal
-from gorgon_engine.models.loading import BackboneWeights, load_weights
+from gorgon_engine.models.loading import BackboneWeights, Quantization, load_weights
 from gorgon_protocol.errors import BadRequestError
 
 SHAPE: dict[str, Any] = {
@@ -128,10 +128,19 @@ def test_other_makers_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_on_a_cpu_they_are_refused_before_anything_is_read(tmp_path: Path) -> None:
     LlamaConfig(**SHAPE).save_pretrained(tmp_path)  # no weights
-    with pytest.raises(
-        BadRequestError, match=r"^the Triton kernels cannot be used: they need a GPU, and the device is cpu"
-    ):
+    words = "the Triton kernels cannot be used: they need a GPU, and the device is cpu: choose `auto`"
+    with pytest.raises(BadRequestError, match=f"^{words}$"):
         load_backbone(tmp_path, BackboneOptions(kernels=Kernels.TRITON, device="cpu"))
+
+
+def test_int8_is_named_as_what_they_do_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    be(monkeypatch, (9, 0))
+    LlamaConfig(**SHAPE).save_pretrained(tmp_path)
+    options = BackboneOptions(kernels=Kernels.TRITON, quantization=Quantization.INT8, device="cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    with pytest.raises(BadRequestError, match="they run NF4 and unquantised models, not int8: choose `auto`"):
+        load_backbone(tmp_path, options)
 
 
 def test_on_a_cpu_nobody_is_told_of_a_gpus_kernels(tmp_path: Path) -> None:

@@ -263,7 +263,7 @@ def test_kernels_that_cannot_be_used_are_one_line(serve: Any) -> None:
     with serve(kernels="triton", device="cpu") as running:
         running.wait_for(lambda: running.service.has_failed.is_set())
         message = running.client.get("/ready").json()["message"]
-        assert message == "the Triton kernels cannot be used: they need a GPU, and the device is cpu"
+        assert message == "the Triton kernels cannot be used: they need a GPU, and the device is cpu: choose `auto`"
 
 
 def test_why_a_load_failed_is_told_to_those_with_the_secret_alone(serve: Any) -> None:

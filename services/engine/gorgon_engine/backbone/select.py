@@ -92,7 +92,7 @@ def serve_weights(
     """
     refusal = triton_refusal(weights.config, device, dtype)
     if kernels is Kernels.TRITON and refusal is not None:
-        raise BadRequestError(f"the Triton kernels cannot be used: {refusal}")
+        raise _no_triton(refusal)
     if kernels is Kernels.TORCH or refusal is not None:
         backbone = TorchBackbone(weights, device=device, dtype=dtype, quantization=_quantization_of(weights))
         is_news = device.type == "cuda" and kernels is not Kernels.TORCH
@@ -128,6 +128,10 @@ def triton_refusal(config: BackboneConfig, device: torch.device, dtype: torch.dt
     return None
 
 
+def _no_triton(refusal: str) -> BadRequestError:
+    return BadRequestError(f"the Triton kernels cannot be used: {refusal}: choose `auto`")
+
+
 def _load_native(folder: Path, kind: Kind) -> NativeBackbone:
     def pack(weight: Tensor, bias: Tensor | None, role: LinearRole) -> Linear:
         return PackedLinear.pack(weight, bias, kind)
@@ -148,8 +152,12 @@ def _load_torch_or_triton(
     # int8 linears speak float32: so does the rest of that forward.
     dtype = torch.float32 if quantization is Quantization.INT8 else dtype
     config = BackboneConfig.from_folder(folder)
-    if kernels is Kernels.TRITON and (refusal := triton_refusal(config, device, dtype)) is not None:
-        raise BadRequestError(f"the Triton kernels cannot be used: {refusal}")
+    if kernels is Kernels.TRITON:
+        refusal = triton_refusal(config, device, dtype)
+        if quantization is Quantization.INT8 and device.type == "cuda":
+            refusal = "they run NF4 and unquantised models, not int8"
+        if refusal is not None:
+            raise _no_triton(refusal)
     if device.type == "cuda":
         is_nf4 = quantization is Quantization.NF4
         check_weights_fit(config, nf4=is_nf4, element_size=dtype.itemsize, free_bytes=free_bytes(device))
