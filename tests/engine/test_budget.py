@@ -8,7 +8,7 @@ from gorgon_engine.budget import CostlyDrafting, TreeBudget
 from gorgon_engine.detokenizer import IncrementalDetokenizer
 from gorgon_engine.outcome import StepResult, StepSeconds
 from gorgon_engine.sequence import Request, Sequence, SpeculationParams
-from gorgon_engine.tree.cost_model import FREE, CostModel, Curve
+from gorgon_engine.tree.cost_model import FREE, FULL, CostModel, Curve
 
 PASS = 2.0  # seconds of a verification pass
 PLAIN_RATE = 1.0  # tokens a second without speculation
@@ -94,7 +94,7 @@ class TestTreeBudget:
         assert budget.choose(sequences([[0.9, 0.1, 0.01, 0.001], [0.2], []])) == [4, 2, 1]
         assert budget.plain_tokens_per_second(1) is None
         assert budget.prefill_rows(3) == 64
-        assert budget.wants_costly(7)
+        assert budget.effort(7) == FULL
 
     def test_trees_shrink_to_plain_decoding_as_streams_come(self) -> None:
         budget = TreeBudget(max_nodes=32, cost_model=self.model)
@@ -143,29 +143,29 @@ class TestTreeBudget:
         for _ in range(60):
             budget.choose(sequences([[0.9]]))
             budget.observe(sequences([[0.9]]), result(tokens=[[1]], num_drafted=[1]))
-        dear = budget.price(2)
+        dear = budget.effort(2).price
         for _ in range(300):
             budget.choose(sequences([[]]))
             budget.observe(sequences([[]]), result(tokens=[[1]], num_drafted=[0]))
-        assert budget.price(2).tree < dear.tree / 2
+        assert budget.effort(2).price.tree < dear.tree / 2
 
     def test_looking_up_rests_where_it_never_helps(self) -> None:
         """A lookup costs a twentieth of a step and finds nothing."""
         budget = TreeBudget(32, self.model)
         looked = 0
         for _ in range(2000):
-            wanted = budget.wants_cheap(8)
+            wanted = budget.effort(8).cheap
             looked += wanted
             seconds = StepSeconds(draft=0.05 if wanted else 0.0, verify=0.9, accept=0.1)
             ended = result(tokens=[[1]] * 8, num_drafted=[0] * 8, seconds=seconds, drafted=wanted, costly=False)
             budget.observe(sequences([[]] * 8), ended)
         assert 24 <= looked < 200
-        assert TreeBudget(max_nodes=4, cost_model=None).wants_cheap(8), "always, where nothing was measured"
+        assert TreeBudget(max_nodes=4, cost_model=None).effort(8).cheap, "always, where nothing was measured"
 
     def test_looking_up_goes_on_where_it_helps(self) -> None:
         budget = TreeBudget(32, self.model)
         for _ in range(500):
-            assert budget.wants_cheap(2)
+            assert budget.effort(2).cheap
             seconds = StepSeconds(draft=0.05, verify=0.9, accept=0.1)
             budget.observe(sequences([[0.9]] * 2), result([[1, 2], [1]], [1, 1], seconds, costly=False))
 
@@ -176,7 +176,7 @@ class TestTreeBudget:
         plain, tree = StepSeconds(verify=3.0), StepSeconds(verify=6.0)
         verifies, ran = False, 0
         for step in range(1000):
-            wanted = step >= 20 and budget.wants_costly(2)
+            wanted = step >= 20 and budget.effort(2).costly
             ran += wanted
             tokens, nodes = ([[1, 2], [1]], [3, 3]) if verifies else ([[1], [1]], [0, 0])
             ended = result(tokens, nodes, tree if verifies else plain, drafted=wanted, costly=wanted)
@@ -185,7 +185,7 @@ class TestTreeBudget:
         assert ran < 100
 
     def test_where_nothing_was_measured_guesses_cost_nothing(self) -> None:
-        assert TreeBudget(max_nodes=4, cost_model=None).price(3) == FREE
+        assert TreeBudget(max_nodes=4, cost_model=None).effort(3).price == FREE
 
     def test_a_machine_that_is_slower_now_is_so_for_drafts_and_passes(self) -> None:
         """Everything takes ten times as long as at start-up: drafts cost no more than they did."""

@@ -4,6 +4,7 @@ Here a recording does the work again on the same buffers; what a GPU's graph nee
 at and nothing is copied from the host, is proved on tensors without values.
 """
 
+import gc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
@@ -27,7 +28,7 @@ from gorgon_engine.kv_cache import KVCache
 from gorgon_engine.models.loading import Quantization, load_weights
 from gorgon_engine.models.rope import RotaryEmbedding
 from gorgon_engine.prepared import PreparedHeads
-from gorgon_engine.recording import CudaRecorder, Recording, RepeatingRecorder
+from gorgon_engine.recording import CudaRecorder, Recording, RepeatingRecorder, _without_collections
 from gorgon_engine.sampling import SamplingBatch, SamplingParams
 from gorgon_engine.sequence import SpeculationParams
 from gorgon_engine.step import SpeculativeStep, Wanted
@@ -293,6 +294,21 @@ def test_a_graph_says_what_its_work_says(folder: Path, temperature: float) -> No
         assert stats_of(engine).num_eager == {}
         assert stats_of(engine).num_replayed > stats_of(engine).num_first_runs
     assert said[0] == said[1]
+
+
+def test_nothing_is_collected_during_a_capture() -> None:
+    """Graphs of an engine that is garbage would be destroyed in it."""
+    with pytest.raises(RuntimeError), _without_collections():
+        assert not gc.isenabled()
+        raise RuntimeError
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        with _without_collections():
+            pass
+        assert not gc.isenabled(), "it was off before"
+    finally:
+        gc.enable()
 
 
 # Tensors without values: where a GPU would have to wait for a value, they raise.

@@ -9,6 +9,7 @@ from gorgon_engine.drafting import ALL_ROWS, DraftRows
 from gorgon_engine.planning import plan_chunks, wanted_of
 from gorgon_engine.sampling import SamplingParams
 from gorgon_engine.sequence import Request, Sequence, SpeculationParams
+from gorgon_engine.tree.cost_model import FULL, Effort
 
 PLAIN = SpeculationParams(enabled=False)
 
@@ -82,7 +83,7 @@ def test_only_those_are_reported_and_drafted_for_that_want_it() -> None:
             sequence(epoch=2, speculation=SpeculationParams(max_nodes=1), sampling=SamplingParams(logprobs=0)),
         ],
         2,
-        costly=True,
+        FULL,
     )
     assert (wanted.num_logprobs, wanted.logprob_rows) == (3, (1, 3))
     assert (wanted.trace, wanted.trace_rows) == (True, (0,))
@@ -90,8 +91,8 @@ def test_only_those_are_reported_and_drafted_for_that_want_it() -> None:
 
 
 def test_who_all_want_the_same_are_not_told_apart() -> None:
-    wanted = wanted_of([sequence(), sequence()], 0, costly=False)
-    assert (wanted.num_logprobs, wanted.trace, wanted.draft, wanted.costly) == (None, False, True, False)
+    wanted = wanted_of([sequence(), sequence()], 0, Effort(costly=False))
+    assert (wanted.num_logprobs, wanted.trace, wanted.draft, wanted.effort.costly) == (None, False, True, False)
     assert wanted.rows == ALL_ROWS
-    assert wanted_of([sequence(speculation=PLAIN)], 0, costly=True).rows.are_none
-    assert not wanted_of([sequence(speculation=PLAIN)], 0, costly=True).draft
+    assert wanted_of([sequence(speculation=PLAIN)], 0, FULL).rows.are_none
+    assert not wanted_of([sequence(speculation=PLAIN)], 0, FULL).draft

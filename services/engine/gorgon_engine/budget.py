@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from gorgon_engine.buckets import Buckets
 from gorgon_engine.outcome import StepResult
 from gorgon_engine.sequence import Sequence
-from gorgon_engine.tree.cost_model import FREE, CostModel, Curve, Price
+from gorgon_engine.tree.cost_model import CostModel, Curve, Effort, Price
 
 # Weight of one step in the running comparison of promised and real acceptance, and how fast a verdict fades while the
 # engine decodes plainly and learns nothing new.
@@ -168,21 +168,17 @@ class TreeBudget:
         self._cheap = replace(self._cheap, _ran=False, _trials={})
         self._accepted = self._promised = 1.0
 
-    def wants_costly(self, batch: int) -> bool:
-        """Whether the draft that closes a step of so many sequences should run the costly drafters too."""
-        return self.costly is None or self.costly.trials.wanted(batch)
-
-    def wants_cheap(self, batch: int) -> bool:
-        """Whether it should run those that only look guesses up; where the costly ones run, these do too."""
-        return self.cost_model is None or self._cheap.wanted(batch)
-
-    def price(self, batch: int) -> Price:
-        """What the guesses for so many sequences must promise, by the drafters' own probabilities, for trees to be put
-        together at all."""
-        if self.cost_model is None or not (self.wants_costly(batch) or self.wants_cheap(batch)):
-            return FREE  # nothing was measured, or nothing is asked for
+    def effort(self, batch: int) -> Effort:
+        """What the draft that closes a step of so many sequences may cost. Its price is in the drafters' own
+        probabilities."""
+        costly = self.costly is None or self.costly.trials.wanted(batch)
+        if self.cost_model is None:
+            return Effort(costly=costly)
+        cheap = self._cheap.wanted(batch)
+        if not (costly or cheap):
+            return Effort(costly=False, cheap=False)
         price = self.cost_model.price(batch, spent_seconds=self._spent_seconds(batch), least_gain=_LEAST_GAIN)
-        return Price(row=price.row / self.trust, tree=price.tree / self.trust)
+        return Effort(costly=costly, cheap=cheap, price=Price(row=price.row / self.trust, tree=price.tree / self.trust))
 
     def plain_tokens_per_second(self, batch: int) -> float | None:
         """Of each of so many sequences, decoded plainly; None where nothing was measured."""

@@ -23,7 +23,7 @@ from gorgon_engine.sampling import SamplingBatch, SamplingParams
 from gorgon_engine.step import PrefillChunk, SpeculativeStep, Wanted
 from gorgon_engine.transfer import to_device
 from gorgon_engine.tree.candidates import CandidateTree
-from gorgon_engine.tree.cost_model import CostModel, Curve
+from gorgon_engine.tree.cost_model import CostModel, Curve, Effort
 from gorgon_engine.tree.tree import MAX_NODES, ancestor_words, merge_candidates
 
 _PREFIX = 64  # positions in the cache while measuring
@@ -162,7 +162,7 @@ class _Drafts:
         return DraftSeconds.of(self.batches, took)
 
     def _draft(self, batch: int, *, costly: bool) -> None:
-        self._step.drafting.guess(self._contexts[batch], costly=costly)
+        self._step.drafting.guess(self._contexts[batch], effort=Effort(costly=costly))
 
     def _context(self, batch: int, generator: torch.Generator) -> DraftContext:
         config, device = self._step.backbone.config, self._step.backbone.device
@@ -279,7 +279,7 @@ class _Measurement:
         batch = self._running[count]
         guesses = replace(batch, candidates=merge_candidates([self._chains(count)], max_nodes=step.max_nodes,
                                                              max_depth=step.max_depth))  # fmt: skip
-        plain, cheap = Wanted(draft=False), Wanted(costly=False)
+        plain, cheap = Wanted(draft=False), Wanted(effort=Effort(costly=False))
         beside_pass = []
         for running, nodes, wanted in ((batch, 1, plain), (guesses, min(_TREE_NODES, step.max_nodes), cheap)):
             for _ in range(2 if self._is_recorded else 1):  # the second finds the state where the first has left it

@@ -17,7 +17,7 @@ from gorgon_engine.drafters.base import Committed, DraftContext, Drafter, Statef
 from gorgon_engine.kv_cache import KVCache
 from gorgon_engine.transfer import to_device
 from gorgon_engine.tree.candidates import CandidateTree
-from gorgon_engine.tree.cost_model import FREE, Price
+from gorgon_engine.tree.cost_model import FULL, Effort, Price
 from gorgon_engine.tree.tree import MergedCandidates, merge_candidates
 
 # The part of the history that is looked at is rounded up to this many positions, so that a GPU sees few shapes.
@@ -97,18 +97,13 @@ class Drafting:
         batch: RunningBatch,
         max_length: int,
         rows: DraftRows | DraftMasks,
-        *,
-        costly: bool,
-        cheap: bool = True,
-        price: Price = FREE,
+        effort: Effort = FULL,
     ) -> MergedCandidates | None:
         """Continuations of the roots, best first; None where there is none at all.
 
-        max_length: the host's upper bound of the committed lengths. costly: by the drafters that run a network too.
-        cheap: by the others where those do not run.
-        price: what they must promise, on a CPU.
+        max_length: the host's upper bound of the committed lengths. effort: its price is asked for on a CPU.
         """
-        if not (costly or cheap) or (isinstance(rows, DraftRows) and rows.are_none):
+        if effort.is_none or (isinstance(rows, DraftRows) and rows.are_none):
             return None
         bound = min(round_up(max_length + 1), self.history.shape[1])
         context = DraftContext(
@@ -119,10 +114,10 @@ class Drafting:
             seeds=batch.sampling.seeds,
             slots=batch.slots,
         )
-        return self.guess(context, rows, costly=costly, price=price)
+        return self.guess(context, rows, effort)
 
     def guess(
-        self, context: DraftContext, rows: DraftRows | DraftMasks = ALL_ROWS, *, costly: bool, price: Price = FREE
+        self, context: DraftContext, rows: DraftRows | DraftMasks = ALL_ROWS, effort: Effort = FULL
     ) -> MergedCandidates | None:
         """What the drafters make of a context, merged."""
         if self.max_nodes == 1:
@@ -130,12 +125,12 @@ class Drafting:
         forests = []
         for drafter in self.drafters:
             chosen = rows.known if any(drafter is other for other in self._remembering) else rows.all
-            if (costly or not drafter.is_costly) and not (isinstance(chosen, tuple) and chosen == ()):
+            if (effort.costly or not drafter.is_costly) and not (isinstance(chosen, tuple) and chosen == ()):
                 forests.append(self._forest(drafter, context, chosen))
         if not forests:
             return None
         # On a CPU a look at the guesses costs nothing: where they promise too little, the next step is a plain one.
-        if context.root_tokens.device.type == "cpu" and not _pays(forests, price):
+        if context.root_tokens.device.type == "cpu" and not _pays(forests, effort.price):
             return None
         return merge_candidates(forests, max_nodes=self.max_nodes, max_depth=self.max_depth)
 

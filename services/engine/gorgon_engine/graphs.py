@@ -33,6 +33,7 @@ from gorgon_engine.outcome import LaunchedStep, StepSeconds
 from gorgon_engine.recording import Recorder, Recording
 from gorgon_engine.step import PrefillChunk, SpeculativeStep, Wanted
 from gorgon_engine.transfer import Reading, pack, shapes_of
+from gorgon_engine.tree.cost_model import Effort
 
 T = TypeVar("T")
 
@@ -199,8 +200,8 @@ class GraphedStep(SpeculativeStep):
             all_greedy=batch.sampling.all_greedy,
             any_filter=batch.sampling.any_filter,
             draft=wanted.draft,
-            costly=wanted.costly,
-            cheap=wanted.cheap,
+            costly=wanted.effort.costly,
+            cheap=wanted.effort.cheap,
             masked=wanted.drafts and wanted.rows != ALL_ROWS,
             trace=wanted.trace,
             num_logprobs=wanted.num_logprobs,
@@ -257,8 +258,7 @@ class GraphedStep(SpeculativeStep):
             num_logprobs=size.num_logprobs,
             trace=size.trace,
             draft=size.draft,
-            costly=size.costly,
-            cheap=size.cheap,
+            effort=Effort(costly=size.costly, cheap=size.cheap),
             rows=state.masks if size.masked else ALL_ROWS,
         )
         advanced = self.advance(

@@ -144,7 +144,7 @@ def _result(
         else None,
         seconds=seconds,
         drafted=wanted.drafts,
-        drafted_costly=wanted.draft and wanted.costly,
+        drafted_costly=wanted.draft and wanted.effort.costly,
     )
 
 

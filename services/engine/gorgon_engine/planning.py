@@ -12,7 +12,7 @@ from gorgon_engine.drafting import DraftRows, chosen_rows
 from gorgon_engine.sampling import SamplingBatch, TokenCounts
 from gorgon_engine.sequence import Sequence
 from gorgon_engine.step import PrefillChunk, Wanted
-from gorgon_engine.tree.cost_model import FREE, Price
+from gorgon_engine.tree.cost_model import Effort
 
 
 def plan_chunks(prefilling: Seq[Sequence], portion: int, *, drafters_epoch: int) -> list[tuple[Sequence, PrefillChunk]]:
@@ -68,11 +68,8 @@ def begin_sampling(sequences: Seq[Sequence], backbone: Backbone) -> tuple[Sampli
     return sampling, counts
 
 
-def wanted_of(
-    sequences: Seq[Sequence], drafters_epoch: int, *, costly: bool, cheap: bool = True, price: Price = FREE
-) -> Wanted:
-    """What the requests of a pass want of it. drafters_epoch: of the drafters in use. costly, cheap, price: of
-    the next tree, as the budget has it."""
+def wanted_of(sequences: Seq[Sequence], drafters_epoch: int, effort: Effort) -> Wanted:
+    """What the requests of a pass want of it. drafters_epoch: of the drafters in use. effort: as the budget has it."""
     batch = len(sequences)
     logprobs = [row for row, s in enumerate(sequences) if s.request.sampling.logprobs is not None]
     traced = [row for row, s in enumerate(sequences) if s.request.trace]
@@ -84,8 +81,6 @@ def wanted_of(
         trace=bool(traced),
         trace_rows=chosen_rows(traced, batch),
         draft=bool(drafted),
-        costly=costly,
-        cheap=cheap,
-        price=price,
+        effort=effort,
         rows=DraftRows(chosen_rows(drafted, batch), chosen_rows(known, batch)),
     )

@@ -204,13 +204,7 @@ class Scheduler:
             self._budget.choose(sequences, step.buckets),
             max_length=_longest(sequences, flight),
             rule=_rule_of(sequences[0]),
-            wanted=wanted_of(
-                sequences,
-                self._drafters_epoch,
-                costly=self._budget.wants_costly(len(sequences)),
-                cheap=self._budget.wants_cheap(len(sequences)),
-                price=self._budget.price(len(sequences)),
-            ),
+            wanted=wanted_of(sequences, self._drafters_epoch, self._budget.effort(len(sequences))),
         )
         group.batch = launched.batch
         return _Flight(sequences, launched, batch_size)
@@ -241,8 +235,7 @@ class Scheduler:
         try:
             sampling, counts = begin_sampling(ended, self._step.backbone)
             batch = decoding + len(ended)
-            costly, cheap = self._budget.wants_costly(batch), self._budget.wants_cheap(batch)
-            wanted = wanted_of(ended, self._drafters_epoch, costly=costly, cheap=cheap)
+            wanted = wanted_of(ended, self._drafters_epoch, self._budget.effort(batch))
             result = self._step.prefill(chunks, sampling, counts, wanted=wanted)
             for sequence, chunk in taken:
                 sequence.num_prefilled = chunk.stop

@@ -23,7 +23,7 @@ from gorgon_engine.kv_cache import KVCache
 from gorgon_engine.outcome import Advanced, LaunchedStep, StepResult, StepSeconds, figures_of, launched
 from gorgon_engine.sampling import SamplingBatch, TokenCounts, process_logits, sample
 from gorgon_engine.transfer import to_device
-from gorgon_engine.tree.cost_model import FREE, Price
+from gorgon_engine.tree.cost_model import FULL, Effort
 from gorgon_engine.tree.tree import TreeBatch, flatten
 
 
@@ -36,15 +36,13 @@ class Wanted:
     trace: bool = False  # the trees themselves
     trace_rows: tuple[int, ...] | None = None
     draft: bool = True  # a next tree to verify; False = plain decoding, at no cost
-    costly: bool = True  # drafted by the drafters that run a network too
-    cheap: bool = True  # drafted by those that look guesses up; they always run where the costly ones do
-    price: Price = FREE  # of the next tree: what promises less is not put together
+    effort: Effort = FULL  # to find it
     rows: DraftRows | DraftMasks = ALL_ROWS  # drafted for
 
     @property
     def drafts(self) -> bool:
         """Whether a next tree is looked for at all."""
-        return self.draft and (self.cheap or self.costly)
+        return self.draft and not self.effort.is_none
 
 
 @dataclass(frozen=True, slots=True)
@@ -324,9 +322,7 @@ class SpeculativeStep:
         wanted = wanted or Wanted()
         candidates = None
         if wanted.draft:
-            candidates = self.drafting.propose(
-                batch, max_length, wanted.rows, costly=wanted.costly, cheap=wanted.cheap, price=wanted.price
-            )
+            candidates = self.drafting.propose(batch, max_length, wanted.rows, wanted.effort)
         return replace(batch, candidates=candidates)
 
 

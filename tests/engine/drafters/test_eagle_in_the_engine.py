@@ -28,6 +28,7 @@ from gorgon_engine.step import SpeculativeStep, Wanted
 from gorgon_engine.tokenizer import Tokenizer
 from gorgon_engine.tree.builders import cartesian_paths
 from gorgon_engine.tree.candidates import CandidateTree
+from gorgon_engine.tree.cost_model import Effort
 from support.drafters import OracleDrafter
 from support.eagle import make_head
 from support.models import tiny_llama
@@ -249,7 +250,7 @@ def test_a_drafter_that_pauses_remembers_all_the_same(folder: Path, backbone: Ba
         backbone, make_cache(backbone, num_slots=2), [drafter, NgramDrafter()], max_nodes=8, max_depth=6
     )
     prompt = [70, 71, 72, 70, 71, 72, 70, 71]
-    paused = Wanted(costly=False)
+    paused = Wanted(effort=Effort(costly=False))
     result = prefill(step, prompt, SamplingParams(), chunk=3, wanted=paused)
     length = len(prompt)
     for turn in range(12):

@@ -56,6 +56,22 @@ FREE = Price()
 
 
 @dataclass(frozen=True, slots=True)
+class Effort:
+    """What may be spent on looking for a next tree."""
+
+    costly: bool = True  # drafters that run a network are asked,
+    cheap: bool = True  # and those that look guesses up, which are also where the costly ones are
+    price: Price = FREE  # what promises less is not put together
+
+    @property
+    def is_none(self) -> bool:
+        return not (self.costly or self.cheap)
+
+
+FULL = Effort()
+
+
+@dataclass(frozen=True, slots=True)
 class CostModel:
     """Step time by number of rows and of sequences."""
 
