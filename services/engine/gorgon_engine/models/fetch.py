@@ -245,7 +245,10 @@ def _readable_errors(package: Packaged, folder: Path) -> Iterator[None]:
             raise _no_space(package, folder) from error
         if isinstance(error, FetchError):
             raise
-        raise FetchError(f"{package.title} cannot be written to {folder.parent}: {error}") from error
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise FetchError(
+            f"{package.title} cannot be written to {folder.parent} ({reason}): set GORGON_CACHE to a folder that can be"
+        ) from error
 
 
 @contextmanager
