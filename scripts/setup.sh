@@ -41,9 +41,12 @@ if [ -z "$python" ]; then
     exit 1
 fi
 
+echo "setup: making $venv with $("$python" --version)"
 "$python" -m venv "$venv"
 # torch first and by itself: pinned here, it is not replaced by whatever build another package would pull in.
+echo "setup: installing torch"
 "$venv/bin/pip" install --quiet --upgrade-strategy only-if-needed -c constraints.txt torch
+echo "setup: installing the other packages, about a minute"
 "$venv/bin/pip" install --quiet -c constraints.txt -e '.[engine,gateway,trainer,dev]'
 # A CUDA build of torch has brought the Triton that it needs; beside a CPU build any will do: its interpreter runs the GPU
 # kernels in the tests.
