@@ -58,11 +58,14 @@ prove: check web
 	scripts/web.sh $(VENV) test
 	scripts/web.sh $(VENV) e2e
 
+# A file's tests stay together, in order, in one of two processes.
+PYTEST := $(BIN)/pytest -n 2 --dist loadfile
+
 test: prove
-	$(BIN)/pytest -m "not full"
+	$(PYTEST) -m "not full"
 
 test-full: prove
-	$(BIN)/pytest
+	$(PYTEST)
 
 soak: $(READY)
 	PYTHONPATH=tests $(BIN)/python benchmarks/serving/soak.py --seconds 600
