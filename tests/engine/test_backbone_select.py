@@ -122,7 +122,7 @@ def test_without_triton(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_other_makers_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "hip", "6.4")
-    refusal = triton_refusal(weights_of(tmp_path).config, GPU, BF16)
+    refusal = triton_refusal(weights_of(tmp_path).config, GPU, BF16, Quantization.NF4)
     assert refusal == "they need an NVIDIA GPU, and this torch is one for AMD's"
 
 

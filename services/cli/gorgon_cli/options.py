@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from gorgon_cli.loading import import_engine
+from gorgon_engine.runtime import may_run_native
 from gorgon_protocol.errors import BadRequestError
 
 if TYPE_CHECKING:
@@ -49,8 +50,7 @@ class EngineArguments:
 
     @property
     def wants_native_kernels(self) -> bool:
-        """Whether the project's own CPU kernels are asked for, or free to serve."""
-        return self.device in (None, "cpu") and self.kernels in ("auto", "native") and self.quantization != "nf4"
+        return may_run_native(self.device, self.kernels, self.quantization)
 
     def config(self, *, num_slots: int = 1) -> "EngineConfig":
         import torch

@@ -12,7 +12,7 @@ from gorgon_cli.loading import import_engine
 from gorgon_cli.options import DTYPES, KERNELS, KERNELS_HELP, QUANTIZATIONS
 from gorgon_cli.train_data import data
 from gorgon_cli.train_metrics import MetricsOptions, metrics_options
-from gorgon_engine.runtime import set_threads, silence_libraries
+from gorgon_engine.runtime import may_run_native, set_threads, silence_libraries
 
 if TYPE_CHECKING:
     from gorgon_engine.backbone.base import Backbone
@@ -381,7 +381,7 @@ def _options(quantization: str | None, dtype: str | None, device: str | None, ke
     from gorgon_engine.backbone.select import BackboneOptions, Kernels
     from gorgon_engine.models.loading import Quantization
 
-    set_threads(device, native=kernels in ("auto", "native") and quantization != "nf4", threads=threads)
+    set_threads(device, native=may_run_native(device, kernels, quantization), threads=threads)
     on_gpu = torch.cuda.is_available() if device is None else device.startswith("cuda")
     # The kernels of a step are made for few rows; here there are hundreds, which is what a library's products are for.
     chosen = Kernels.TORCH if on_gpu and kernels == "auto" else Kernels(kernels)

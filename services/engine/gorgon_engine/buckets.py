@@ -10,6 +10,8 @@ from dataclasses import dataclass
 # Two sizes an octave: at most a third of the rows of a full batch is padding.
 _BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 _WIDTHS = (1, 2, 4, 8, 16, 32, 64, 128)
+# Of prompts. Products' tiles hold 64 rows: in between, filling up costs next to nothing.
+PROMPT_WIDTHS = (16, 32, 64, 128, 192, 256, 384, 512)
 # Kernels stop at each sequence's own length: the bound sets how many blocks begin and find nothing to do.
 _FIRST_LENGTH, _LENGTH_FACTOR = 512, 4
 
@@ -42,6 +44,11 @@ class Buckets:
     def length(self, count: int) -> int:
         """The bound of so many committed positions."""
         return _at_least(self.lengths, count)
+
+
+def prompt_width(count: int) -> int:
+    """Rows of a prompt that a pass runs where so many are wanted."""
+    return _at_least(PROMPT_WIDTHS, count)
 
 
 def _up_to(sizes: Sequence[int], last: int) -> tuple[int, ...]:

@@ -15,8 +15,8 @@ import torch
 from gorgon_engine.acceptance import AcceptanceRule
 from gorgon_engine.backbone.base import ForwardInputs
 from gorgon_engine.batch import RunningBatch
+from gorgon_engine.buckets import PROMPT_WIDTHS
 from gorgon_engine.drafters.base import DraftContext
-from gorgon_engine.graph_prompts import PROMPT_WIDTHS
 from gorgon_engine.graphs import GraphedStep
 from gorgon_engine.recording import Recorder, Recording
 from gorgon_engine.sampling import SamplingBatch, SamplingParams

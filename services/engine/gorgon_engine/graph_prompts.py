@@ -6,18 +6,15 @@ takes the time. So passes of up to `MAX_ROWS` rows are recorded like steps, by s
 Letters: B prompts, N rows of each.
 """
 
-from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from gorgon_engine.backbone.base import ForwardInputs
-from gorgon_engine.buckets import Buckets
+from gorgon_engine.buckets import PROMPT_WIDTHS, Buckets, prompt_width
 from gorgon_engine.step import PrefillChunk
 
-# Tiles of products hold 64 rows: in between, filling up costs next to nothing.
-PROMPT_WIDTHS = (16, 32, 64, 128, 192, 256, 384, 512)
 MAX_ROWS = PROMPT_WIDTHS[-1]  # of a pass; more of them keep a device busy for longer than launching takes
 _NUM_COUNTS = 4  # numbers of a prompt in front of its tokens
 
@@ -38,7 +35,7 @@ class PromptSize:
         batch, widest = len(chunks), max(chunk.stop - chunk.start for chunk in chunks)
         if batch > buckets.batches[-1] or widest > MAX_ROWS:
             return None
-        batch, width = buckets.batch(batch), PROMPT_WIDTHS[bisect_left(PROMPT_WIDTHS, widest)]
+        batch, width = buckets.batch(batch), prompt_width(widest)
         longest = max(chunk.start for chunk in chunks) + width
         if batch * width > MAX_ROWS or longest > num_positions:
             return None

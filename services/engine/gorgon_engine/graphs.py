@@ -218,8 +218,7 @@ class GraphedStep(SpeculativeStep):
             recording = self._record(size, work)
         if recording is not None:
             self.stats.num_replayed += 1
-            made: T = recording.replay()
-            return made
+            return recording.replay()
         if size in self._refused:
             self.stats.eager("not recorded")
         else:

@@ -13,6 +13,11 @@ def silence_libraries() -> None:
     warnings.filterwarnings("ignore", module=r"(torch|transformers|bitsandbytes|accelerate|tensorboard)\b")
 
 
+def may_run_native(device: str | None, kernels: str, quantization: str | None) -> bool:
+    """Whether the project's own CPU kernels are asked for, or free to serve, by what a person chose."""
+    return device in (None, "cpu") and kernels in ("auto", "native") and quantization != "nf4"
+
+
 def set_threads(device: str | None, *, native: bool, threads: int | None) -> None:
     """Before loading: the engine measures itself there, and must do so on the threads that will serve.
 

@@ -129,9 +129,8 @@ class GatewayWebSocketProtocol(WebSocketsSansIOProtocol):
     async def send(self, message: Any) -> None:
         await super().send(message)
         if message["type"] == "websocket.http.response.body" and not message.get("more_body", False):
-            self.handshake_complete = (
-                True  # a refusal in full is an answer, and no error of this program's to be logged
-            )
+            # A refusal in full is an answer, and no error of this program's to be logged.
+            self.handshake_complete = True
 
     def data_received(self, data: bytes) -> None:
         if not self._has_failed:  # else: what comes until the client has closed

@@ -53,7 +53,7 @@ def fast(head, four_bit=False, num_depths=None):
     head = head.to(dtype)
     angles = angle_tables(head)
     layer = EagleLayer.pack(
-        head, DenseLinear(rows.to(dtype)), four_bit=four_bit, four_bit_projection=four_bit
+        head, DenseLinear(rows.to(dtype)), four_bit=four_bit
     )
     drafter = EagleGpuDrafter(
         layer, angles=angles, embed=embed, vocab_size=len(rows), draft_vocabulary=said, limits=limits,

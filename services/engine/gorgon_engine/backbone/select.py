@@ -90,11 +90,12 @@ def serve_weights(
 
     dtype: of the activations. Raises `BadRequestError` where `triton` is asked for and cannot be.
     """
-    refusal = triton_refusal(weights.config, device, dtype)
+    quantization = _quantization_of(weights)
+    refusal = triton_refusal(weights.config, device, dtype, quantization)
     if kernels is Kernels.TRITON and refusal is not None:
         raise _no_triton(refusal)
     if kernels is Kernels.TORCH or refusal is not None:
-        backbone = TorchBackbone(weights, device=device, dtype=dtype, quantization=_quantization_of(weights))
+        backbone = TorchBackbone(weights, device=device, dtype=dtype, quantization=quantization)
         is_news = device.type == "cuda" and kernels is not Kernels.TORCH
         notice = f"the Triton kernels cannot be used ({refusal}): using torch operations, several times slower"
         return backbone, [notice] if is_news else []
@@ -105,7 +106,9 @@ def serve_weights(
     return TritonBackbone(weights, device=device, dtype=dtype, max_depth=max_depth, variant=variant), notices
 
 
-def triton_refusal(config: BackboneConfig, device: torch.device, dtype: torch.dtype) -> str | None:
+def triton_refusal(
+    config: BackboneConfig, device: torch.device, dtype: torch.dtype, quantization: Quantization
+) -> str | None:
     """Why the Triton kernels cannot run a model, as the end of a sentence; None where they can."""
     if device.type != "cuda":
         return f"they need a GPU, and the device is {device}"
@@ -119,6 +122,8 @@ def triton_refusal(config: BackboneConfig, device: torch.device, dtype: torch.dt
     if (major, minor) < _MIN_CAPABILITY:
         least = ".".join(map(str, _MIN_CAPABILITY))
         return f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}, they need {least}"
+    if quantization is Quantization.INT8:
+        return "they run NF4 and unquantised models, not int8"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"they run bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
     if config.head_dim not in HEAD_DIMS:
@@ -153,9 +158,7 @@ def _load_torch_or_triton(
     dtype = torch.float32 if quantization is Quantization.INT8 else dtype
     config = BackboneConfig.from_folder(folder)
     if kernels is Kernels.TRITON:
-        refusal = triton_refusal(config, device, dtype)
-        if quantization is Quantization.INT8 and device.type == "cuda":
-            refusal = "they run NF4 and unquantised models, not int8"
+        refusal = triton_refusal(config, device, dtype, quantization)
         if refusal is not None:
             raise _no_triton(refusal)
     if device.type == "cuda":

@@ -291,8 +291,8 @@ def drafter_of(
     """The drafter of a head that reads the backbone's embeddings and lm_head, its matrices packed (and used up).
 
     draft_vocabulary: [V] int64, ascending, None = all tokens; the most frequent of them are drafted, as many as pay:
-    tokenizers number those first. four_bit: the layer and the projection in NF4. Call `refusal`
-    first.
+    tokenizers number those first. four_bit: the layer and the projection in NF4. Call
+    `refusal` first.
     """
     lm_head = backbone.lm_head
     assert isinstance(lm_head, DenseLinear)
@@ -303,7 +303,7 @@ def drafter_of(
     projection = lm_head if draft_vocabulary is None else lm_head.select_outputs(draft_vocabulary)
     angles = angle_tables(head)
     return EagleGpuDrafter(
-        EagleLayer.pack(head, projection, four_bit=four_bit, four_bit_projection=four_bit),
+        EagleLayer.pack(head, projection, four_bit=four_bit),
         angles=angles,
         embed=backbone.embed,
         vocab_size=projection.out_features,

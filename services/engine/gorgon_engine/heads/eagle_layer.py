@@ -44,12 +44,10 @@ class EagleLayer:
     projection: Product  # [V, C], whole sums
 
     @classmethod
-    def pack(
-        cls, head: EagleHead, projection: DenseLinear, *, four_bit: bool, four_bit_projection: bool = False
-    ) -> Self:
-        """projection: the backbone's lm_head, of the tokens that are drafted. four_bit: the layer in NF4, where its
-        matrices' input sizes are multiples of 64 (the others stay dense); four_bit_projection: the projection likewise.
-        Weights that are packed are freed. Everything stays on its device, and has the dtype of the head.
+    def pack(cls, head: EagleHead, projection: DenseLinear, *, four_bit: bool) -> Self:
+        """projection: the backbone's lm_head, of the tokens that are drafted. four_bit: the layer and the
+        projection in NF4, where a matrix's input size is a multiple of 64 (the others stay dense). Weights that are
+        packed are freed. Everything stays on its device, and has the dtype of the head.
         """
         dtype = head.norm.dtype
 
@@ -77,7 +75,7 @@ class EagleLayer:
                 projection.weight.to(dtype),
                 None if projection.bias is None else projection.bias.to(dtype),
                 dtype,
-                four_bit=four_bit_projection,
+                four_bit=four_bit,
                 max_partials=1,
             ),
         )

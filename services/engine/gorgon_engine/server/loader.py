@@ -15,12 +15,10 @@ def load_engine(settings: EngineSettings, progress: LoadProgress) -> "Engine":
     """Raises `GorgonError` subclasses in one line."""
     progress("importing", 0.0)
     from gorgon_engine.engine import Engine, load_parts
-    from gorgon_engine.runtime import set_threads, silence_libraries
+    from gorgon_engine.runtime import may_run_native, set_threads, silence_libraries
 
     silence_libraries()
-    native = (
-        settings.device in (None, "cpu") and settings.kernels in ("auto", "native") and settings.quantization != "nf4"
-    )
+    native = may_run_native(settings.device, settings.kernels, settings.quantization)
     set_threads(settings.device, native=native, threads=settings.threads)
     config = engine_config(settings)
     progress("reading the model", 0.2)
